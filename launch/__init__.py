@@ -1,0 +1,1 @@
+"""What torchrun starts: training runs, the demo, and the tasks and data they use."""
