@@ -1,0 +1,335 @@
+"""What the sign optimizers share: options, checkpoints, the skipped step, ballots, decay and the walk over tiles."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from distsign.ballots import cast_ballots
+from distsign.confidence import Confidence
+from distsign.optim.arithmetic import Scalar, add_, gated, on_host, scale_, wide_dtype
+from distsign.optim.options import (
+    Group,
+    VoteState,
+    check_confidence,
+    check_flag,
+    check_lr,
+    check_number,
+    check_params,
+    check_vote_state,
+    describe,
+)
+from distsign.optim.tiles import finite_on_devices, finite_on_host, tile_limit, tiles
+
+__all__ = ["SignOptimizer"]
+
+_STATS = "confidence"
+
+
+class SignOptimizer(Optimizer):
+    """Base of the optimizers that step along signs or ballots.
+
+    A subclass says in `_average_names` which averages it keeps per parameter and in `_move` how they and the step
+    follow from the direction `d`. The step itself, for all of them, is
+
+    `p = (1 - lr * weight_decay) * p - lr * lr_scale * move`.
+
+    1. Every gradient of every group is searched for NaN and infinities. Where there is one, nothing moves: no
+       parameter, no average, no statistics, no decay. CPU tensors are judged on the host; elsewhere a flag on the device
+       gates every factor, and the host never waits.
+    2. `d = sign(grad)`, or the ballots of `grad` where the group has a confidence. With `decoupled=False`
+       `weight_decay * p` is added to the gradient before the ballots are cast.
+    3. The subclass updates its averages and returns the move. Averages are float32 for half-precision parameters:
+       with `beta = 0.999` an average of +-1 kept in bfloat16 would stop at half of its limit.
+    4. Half-precision parameters are updated in float32 and rounded once. A step below half the spacing of their numbers
+       is still lost: keep float32 parameters and autocast where that matters.
+
+    Decay is not scaled by `lr_scale`: the scale makes up for verdicts that are more frequent during a warm-up, and
+    decay happens once a step whatever the verdicts do.
+
+    A copy of the optimizer (`copy.deepcopy`, pickle) belongs to other parameters and so leaves the vote state behind.
+    A checkpoint holds numbers and tensors only; the confidence function is taken from the optimizer that loads it.
+    """
+
+    _vote_state: VoteState | None = None  # on the class, since copies of an optimizer do not run __init__
+
+    def __init__(self, params: ParamsT, defaults: Group, vote_state: VoteState | None) -> None:
+        check_vote_state(self._label, vote_state)
+        self._vote_state = vote_state
+        super().__init__(params, defaults)
+
+    # What a subclass says ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _average_names(self, group: Group) -> tuple[str, ...]:
+        """Return the keys in `self.state[p]` of the averages that the group's options call for."""
+
+    @abstractmethod
+    def _move(self, group: Group, d: list[Tensor], averages: list[list[Tensor]], ok: Tensor | None) -> list[Tensor]:
+        """Update the averages in place and return what is subtracted from the parameters, in units of the rate.
+
+        Args:
+            group: the options.
+            d: directions, in the dtype of the averages. Not to be changed.
+            averages: one list like `d` for each of `_average_names(group)`.
+            ok: None, or a flag on the device: where it is false the averages must stay as they are.
+        """
+
+    def _check_options(self, group: Group) -> None:
+        """Raise a `ValueError` about the first option of `group` that cannot be used; subclasses add their own."""
+        check_lr(self._label, group["lr"])
+        check_number(self._label, "weight_decay", group["weight_decay"], 0.0, math.inf, "decay is lr * it * p")
+        for name in ("decoupled", "maximize"):
+            check_flag(self._label, name, group[name])
+        check_confidence(self._label, group["confidence"], l2=self._adds_l2(group), voted=self._vote_state is not None)
+
+    def _adds_l2(self, group: Group) -> bool:
+        """Return whether weight decay is added to the raw gradient, not taken off the parameter."""
+        return not group["decoupled"]
+
+    def _averages_gradients(self, group: Group) -> bool:
+        """Return whether `d` is the gradient itself, for an algorithm that takes the sign after the average."""
+        del group
+        return False
+
+    # Parameters ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _label(self) -> str:
+        return type(self).__name__
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters with options of its own; those it leaves out are the optimizer's.
+
+        Raises:
+            ValueError: if an option is out of range, a parameter is not a dense tensor of float16, bfloat16, float32 or
+                float64, or the optimizer has a vote state and the parameters no names. The optimizer is then unchanged.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_options(self.param_groups[-1])
+            check_params(self._label, self.param_groups[-1], named=self._vote_state is not None)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+        if self._vote_state is not None:
+            self._vote_state.track(
+                chain.from_iterable(zip(g["param_names"], g["params"], strict=True) for g in self.param_groups)
+            )
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return options, averages and statistics as numbers and tensors, which `weights_only` loading accepts."""
+
+        # As a hook, so that it runs before the user's own hooks.
+        def drop_confidence(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            for group in state_dict["param_groups"]:
+                del group["confidence"]
+
+        handle = self.register_state_dict_post_hook(drop_confidence, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a copy of what `state_dict` returned; options are the saved ones, the confidence function stays.
+
+        Raises:
+            ValueError: if groups, options or shapes are not those of this optimizer and its parameters. The optimizer
+                is then unchanged.
+        """
+        saved_state: dict[Tensor, dict[str, Tensor]] = {}
+        confidences: list[Confidence | None] = [group["confidence"] for group in self.param_groups]
+
+        # torch casts all floating-point state to the parameter's dtype, which would round float32 averages and float64
+        # statistics of half-precision parameters. So the saved tensors are kept aside: after the user's hooks that may
+        # change what is loaded, and put in place before those that look at the result.
+        def keep_aside(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            saved_state.update(self._saved_state(state_dict))
+
+        def put_in_place(_: Optimizer) -> None:
+            for group, confidence in zip(self.param_groups, confidences, strict=True):
+                group["confidence"] = confidence
+            for p, entries in saved_state.items():
+                self.state[p] = {name: _own_copy(p, name, value) for name, value in entries.items()}
+
+        handles = (
+            self.register_load_state_dict_pre_hook(keep_aside),
+            self.register_load_state_dict_post_hook(put_in_place, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _saved_state(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        """Check what is about to be loaded, and return its state by parameter."""
+        state: dict[Tensor, dict[str, Tensor]] = {}
+        options = self.defaults.keys() - {"confidence", "differentiable"}  # torch adds the latter to copies
+        saved_groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError(
+                f"{self._label}: the checkpoint has groups of {[len(g['params']) for g in saved_groups]} parameters, "
+                f"this optimizer of {[len(g['params']) for g in self.param_groups]}: it belongs to another model or "
+                "other param groups"
+            )
+        for saved, group in zip(saved_groups, self.param_groups, strict=True):
+            missing = sorted(options - saved.keys())
+            if missing:
+                raise ValueError(
+                    f"{self._label}: the checkpoint has no option {missing[0]!r}: it was saved by another optimizer; "
+                    f"load it with that one"
+                )
+            self._check_options({**saved, "confidence": group["confidence"]})
+            for index, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
+                entries = state_dict["state"].get(key)
+                if not entries:
+                    continue
+                expected = dict.fromkeys(self._average_names(saved), tuple(p.shape))
+                if group["confidence"] is not None and group["confidence"].num_stats:
+                    expected[_STATS] = (group["confidence"].num_stats,)
+                came = {name: tuple(value.shape) for name, value in entries.items()}
+                if came != expected:
+                    raise ValueError(
+                        f"{self._label}: the checkpoint has {came} for {describe(group, index)}, expected {expected}: "
+                        "it was saved by another optimizer, for another model or with another confidence"
+                    )
+                state[p] = entries
+        return state
+
+    # The step ------------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Move the parameters once, or leave everything as it is where a gradient holds a NaN or an infinity.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls backward and returns the loss.
+
+        Returns:
+            What `closure` returned, else None.
+
+        Raises:
+            ValueError: if a gradient is sparse. Nothing has moved then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [(group, self._gradients(group)) for group in self.param_groups]
+        grads = [grad for _, pairs in work for _, grad in pairs]
+        ok: dict[torch.device, Tensor] = {}
+        if not self._host_decides(grads):
+            ok = finite_on_devices(grads)
+        elif not finite_on_host(grads):
+            return loss
+        for group, pairs in work:
+            self._step_group(group, pairs, ok)
+        return loss
+
+    @staticmethod
+    def _host_decides(grads: list[Tensor]) -> bool:
+        """Return whether looking at the gradients makes the host wait for no device."""
+        return all(grad.device.type == "cpu" for grad in grads)
+
+    def _gradients(self, group: Group) -> list[tuple[Tensor, Tensor]]:
+        pairs = []
+        for index, p in enumerate(group["params"]):
+            if p.grad is None or p.numel() == 0:
+                continue
+            if p.grad.layout != torch.strided:
+                raise ValueError(
+                    f"{self._label}: gradients must be dense, got {p.grad.layout} for {describe(group, index)}: "
+                    "build nn.Embedding with sparse=False, or give this parameter to another optimizer"
+                )
+            pairs.append((p, p.grad))
+        return pairs
+
+    def _step_group(self, group: Group, pairs: list[tuple[Tensor, Tensor]], ok_on: dict[torch.device, Tensor]) -> None:
+        # One learning rate, device and dtype at a time, since they share their factors.
+        batches: dict[tuple[object, ...], tuple[Scalar, list[tuple[Tensor, Tensor]]]] = {}
+        for p, grad in pairs:
+            scale = on_host(self._vote_state.lr_scale(p)) if self._vote_state is not None else 1.0
+            key = (p.device, p.dtype, id(scale) if isinstance(scale, Tensor) else scale)
+            batches.setdefault(key, (scale, []))[1].append((p, grad))
+        for scale, batch in batches.values():
+            device, dtype = batch[0][0].device, wide_dtype(batch[0][0].dtype)
+            ok = ok_on.get(device)
+            lr = on_host(group["lr"])
+            rate = gated(lr * scale, ok, 0.0, dtype, device)
+            keep = None
+            if group["weight_decay"] and not self._adds_l2(group):
+                keep = gated(1.0 - lr * group["weight_decay"], ok, 1.0, dtype, device)
+            for params, sources, *averages in tiles(self._rows(group, batch, ok), tile_limit(device)):
+                wide = [p.to(dtype) for p in params]
+                move = self._move(group, self._directions(group, sources, dtype), averages, ok)
+                if keep is not None:
+                    scale_(wide, keep)
+                add_(wide, move, -rate)
+                if wide[0] is not params[0]:
+                    torch._foreach_copy_(params, wide)
+
+    def _rows(
+        self, group: Group, batch: list[tuple[Tensor, Tensor]], ok: Tensor | None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield each parameter with what its direction is made of, and its averages."""
+        names = self._average_names(group)
+        for p, grad in batch:
+            state = self.state[p] if p in self.state or names or group["confidence"] is not None else {}
+            for stale in state.keys() - {*names, _STATS}:
+                del state[stale]  # a momentum that was set to 0 since: a later one starts afresh
+            for name in names:
+                if name not in state:
+                    state[name] = torch.zeros_like(p, dtype=wide_dtype(p.dtype), memory_format=torch.preserve_format)
+            source = grad if group["confidence"] is None else self._ballots(group, p, grad, ok)
+            yield (p, source, *(state[name] for name in names))
+
+    def _ballots(self, group: Group, p: Tensor, grad: Tensor, ok: Tensor | None) -> Tensor:
+        confidence: Confidence = group["confidence"]
+        if self._adds_l2(group) and group["weight_decay"]:
+            # In float32, since the sum of two finite halves need not be a finite half.
+            raw = -grad if group["maximize"] else grad
+            grad = raw.to(wide_dtype(grad.dtype)).add(p, alpha=group["weight_decay"])
+        stats = self.state[p].get(_STATS)
+        if stats is None:
+            stats = confidence.init_stats(1, p.device)[0]
+        ballots, new_stats = cast_ballots(confidence, grad, stats)
+        if ok is not None:
+            # The gradient of a step that is to be skipped may have made anything of either.
+            ballots, new_stats = torch.where(ok, ballots, 0.0), torch.where(ok, new_stats, stats)
+        if confidence.num_stats:
+            self.state[p][_STATS] = new_stats
+        return ballots
+
+    def _directions(self, group: Group, sources: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Return `d`: what the parameters should move against, with `maximize` already counted in."""
+        d = [source.to(dtype) for source in sources]
+        if group["confidence"] is None and not self._averages_gradients(group):
+            d = list(torch._foreach_sign(d))
+        # With L2 the ballots were cast on `weight_decay * p - grad`, where the sign is turned already.
+        turned = group["confidence"] is not None and self._adds_l2(group) and group["weight_decay"]
+        return list(torch._foreach_neg(d)) if group["maximize"] and not turned else d
+
+
+def _own_copy(p: Tensor, name: str, value: Tensor) -> Tensor:
+    """Return a loaded tensor in the dtype, device and layout in which the optimizer keeps it, sharing no memory."""
+    if name == _STATS:
+        return value.to(device=p.device, dtype=torch.float64, copy=True)
+    return torch.empty_like(p, dtype=wide_dtype(p.dtype), memory_format=torch.preserve_format).copy_(value)
