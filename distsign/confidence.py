@@ -1,0 +1,181 @@
+"""Confidence functions: which components of a gradient are sure enough to vote.
+
+A confidence function turns the statistics of one parameter tensor's gradient into one threshold, `alpha`; a component
+votes where `abs(g) > alpha`, strictly. The functions here are pure: what they remember between steps is a row of
+float64 scalars per parameter tensor (`stats`) that the caller keeps, commits or throws away. All of them work on many
+parameter tensors at once, one row each, and on any device without a host synchronisation.
+
+The idea of confidence is that of signADAM++ (Wang et al., arXiv 1907.09008, Sec. 3.1 and 6.3).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["AdaptiveConfidence", "Confidence", "FixedConfidence", "TargetDensity"]
+
+
+_LOG_C_BOUND = 20.0
+
+
+def _require(name: str, value: float, low: float, high: float, meaning: str, *, open_low: bool = False) -> None:
+    """Raise a `ValueError` that names the option unless `low <= value < high` (`low < value` if `open_low`)."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and (low < value if open_low else low <= value) and value < high):
+        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low:g}, {high:g}), got {value!r}: {meaning}")
+
+
+class Confidence(ABC):
+    """Base of the confidence functions.
+
+    Attributes:
+        num_stats: float64 scalars remembered per parameter tensor.
+        uses_moments: whether `thresholds` reads the gradient's standard deviation, which costs one more pass over it.
+        raw_units: whether alpha is given in raw gradient units, so that an unknown loss scale would falsify it.
+        requires_carry: whether the function means nothing without a carry at the voter.
+    """
+
+    num_stats: ClassVar[int]
+    uses_moments: ClassVar[bool] = False
+    raw_units: ClassVar[bool] = False
+    requires_carry: ClassVar[bool] = False
+
+    def init_stats(self, num_params: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return the stats before the first step, zeros of shape `[num_params, num_stats]`, float64."""
+        return torch.zeros(num_params, self.num_stats, dtype=torch.float64, device=device)
+
+    @abstractmethod
+    def thresholds(self, stats: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return each parameter tensor's alpha for this step, and the stats after it.
+
+        Args:
+            stats: float64 `[num_params, num_stats]`, what was kept after the last step. Not changed.
+            moments: float64 `[num_params, 2]`, mean and standard deviation (population, not sample) of each parameter
+                tensor's gradient in true gradient units; None where `uses_moments` is False.
+
+        Returns:
+            `(alpha, stats)`: float64 `[num_params]` in true gradient units, and the new stats.
+        """
+
+    def observe(self, stats: Tensor, density: Tensor) -> Tensor:
+        """Return the stats after the ballots were counted.
+
+        Args:
+            stats: float64 `[num_params, num_stats]` as `thresholds` returned them. Not changed.
+            density: float64 `[num_params]`, the share of components that voted, in [0, 1].
+        """
+        del density
+        return stats
+
+
+@dataclass(frozen=True)
+class FixedConfidence(Confidence):
+    """Vote where `abs(g) > alpha` for one `alpha` that never changes (arXiv 1907.09008, Algorithm 3).
+
+    Args:
+        alpha: threshold in units of the raw gradient, at least 0. `0.0` lets every non-zero component vote.
+
+    Raises:
+        ValueError: if `alpha` is negative or not finite.
+
+    Example:
+        >>> FixedConfidence(5e-4)
+        FixedConfidence(alpha=0.0005)
+    """
+
+    alpha: float = 5e-4
+    num_stats: ClassVar[int] = 0
+    raw_units: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require("alpha", self.alpha, 0.0, math.inf, "components vote where abs(g) > alpha")
+
+    def thresholds(self, stats: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return stats.new_full((stats.shape[0],), self.alpha), stats
+
+
+@dataclass(frozen=True)
+class AdaptiveConfidence(Confidence):
+    r"""Let alpha follow the running standard deviation of each parameter tensor's gradient.
+
+    `s_t = beta1 * s_{t-1} + (1 - beta1) * sqrt(var(g))`, `alpha_t = beta2 * s_t`, with `s_0 = 0`
+    (arXiv 1907.09008, Sec. 6.3). The paper does not say over what `var` is taken: here it is the population variance
+    over one parameter tensor. Because `s_0 = 0`, the first steps are denser than later ones.
+
+    Args:
+        beta1: decay of the running standard deviation, in [0, 1).
+        beta2: alpha in units of that standard deviation, at least 0.
+
+    Raises:
+        ValueError: if `beta1` or `beta2` is out of range.
+
+    Example:
+        >>> AdaptiveConfidence(beta2=2.0)
+        AdaptiveConfidence(beta1=0.9, beta2=2.0)
+    """
+
+    beta1: float = 0.9
+    beta2: float = 1.0
+    num_stats: ClassVar[int] = 1
+    uses_moments: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require("beta1", self.beta1, 0.0, 1.0, "it is the decay of the running standard deviation")
+        _require("beta2", self.beta2, 0.0, math.inf, "alpha is beta2 times the running standard deviation")
+
+    def thresholds(self, stats: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+        assert moments is not None, "AdaptiveConfidence needs the gradient's moments"
+        s = self.beta1 * stats + (1.0 - self.beta1) * moments[:, 1:]
+        return self.beta2 * s[:, 0], s
+
+
+@dataclass(frozen=True)
+class TargetDensity(Confidence):
+    """Steer an alpha per parameter tensor until a wanted share of its components votes.
+
+    `alpha_t = c_t * std(g)`, and after the ballots are counted
+    `log c_{t+1} = log c_t + gain * clip(log(density_t / target), -2, 2)`. Working in units of the current standard
+    deviation lets alpha follow the gradient's scale at once, so the controller only has to learn the shape of its
+    distribution. `c_1` is right for a Laplace distribution, `c_1 = -log(target) / sqrt(2)`.
+
+    Args:
+        density: wanted share of ballots, in (0, 1).
+        gain: how much of the error in log density is corrected per step, in (0, 1). The density falls by 2 to 6 per cent
+            for one per cent of alpha, so a gain above 0.3 would oscillate.
+
+    Raises:
+        ValueError: if `density` or `gain` is out of range.
+
+    Example:
+        >>> TargetDensity(0.05)
+        TargetDensity(density=0.05, gain=0.15)
+    """
+
+    density: float = 0.1
+    gain: float = 0.15
+    num_stats: ClassVar[int] = 1
+    uses_moments: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require("density", self.density, 0.0, 1.0, "it is the wanted share of components that vote", open_low=True)
+        _require("gain", self.gain, 0.0, 1.0, "it is the share of the error corrected per step", open_low=True)
+
+    def init_stats(self, num_params: int, device: torch.device | str = "cpu") -> Tensor:  # noqa: D102
+        log_c = math.log(-math.log(self.density) / math.sqrt(2.0))
+        return torch.full((num_params, 1), log_c, dtype=torch.float64, device=device)
+
+    def thresholds(self, stats: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+        assert moments is not None, "TargetDensity needs the gradient's moments"
+        return stats[:, 0].exp() * moments[:, 1], stats
+
+    def observe(self, stats: Tensor, density: Tensor) -> Tensor:  # noqa: D102
+        # log(0) is -inf, which the clamp turns into the largest step towards more ballots.
+        error = (density.log() - math.log(self.density)).clamp(-2.0, 2.0)
+        # A tensor of one element has no spread and always votes: without a bound its c would grow for ever.
+        return (stats + self.gain * error[:, None]).clamp(-_LOG_C_BOUND, _LOG_C_BOUND)
