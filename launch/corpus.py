@@ -33,12 +33,12 @@ class Corpus:
 
 
 def is_held_out(relative_path: str) -> bool:
-    """Say whether a file is for validation: where the CRC-32 of its path (with ``/``) is a multiple of ten."""
+    """Say whether a file is for validation: where the CRC-32 of its path (with `/`) is a multiple of ten."""
     return zlib.crc32(relative_path.encode()) % 10 == 0
 
 
 def stdlib_files(root: Path) -> list[str]:
-    """List the .py files below ``root``, relative and sorted, without tests, IDLE and installed packages."""
+    """List the .py files below `root`, relative and sorted, without tests, IDLE and installed packages."""
     files = (path.relative_to(root) for path in root.rglob("*.py") if path.is_file())
     return sorted(path.as_posix() for path in files if EXCLUDED_FOLDERS.isdisjoint(path.parts[:-1]))
 
@@ -50,7 +50,7 @@ def load_stdlib(root: Path | None = None) -> Corpus:
         root: the folder; by default that of the Python that runs.
 
     Returns:
-        The corpus. It differs between Python versions, which ``source`` names.
+        The corpus. It differs between Python versions, which `source` names.
 
     Raises:
         DataError: there are no such files, as in an embedded Python that ships them compiled or zipped.

@@ -2,12 +2,12 @@
 
 The files are looked for in this order, and the first that is there is taken:
 
-1. the folder that the user names (``--data`` or ``$DISTSIGN_DATA``); if it is incomplete, that is an error;
-2. Debian's package ``dataset-fashion-mnist``, if it is installed;
-3. the user's cache, ``$XDG_CACHE_HOME/distsign/fashion-mnist``.
+1. the folder that the user names (`--data` or `$DISTSIGN_DATA`); if it is incomplete, that is an error;
+2. Debian's package `dataset-fashion-mnist`, if it is installed;
+3. the user's cache, `$XDG_CACHE_HOME/distsign/fashion-mnist`.
 
-:func:`fetch_fashion_mnist` fills one of the last two: with apt-get where this is root's machine and it has apt, else
-with one download whose contents are checked. Where nothing can be had, :data:`DIGITS` stands in: the 1,797 small
+`fetch_fashion_mnist` fills one of the last two: with apt-get where this is root's machine and it has apt, else
+with one download whose contents are checked. Where nothing can be had, `DIGITS` stands in: the 1,797 small
 digits that scikit-learn ships.
 """
 
@@ -86,10 +86,10 @@ def find_fashion_mnist(named: str | None = None) -> Path | None:
     """Return the folder that holds the four files, without installing or downloading anything.
 
     Args:
-        named: a folder, or :data:`DIGITS`; ``None`` stands for ``$DISTSIGN_DATA``.
+        named: a folder, or `DIGITS`; `None` stands for `$DISTSIGN_DATA`.
 
     Returns:
-        The folder; ``None`` where there is none, and the digits have to do.
+        The folder; `None` where there is none, and the digits have to do.
 
     Raises:
         DataError: a folder was named and a file is missing in it: another source is never taken in its place.
@@ -119,11 +119,11 @@ def fetch_fashion_mnist(named: str | None = None, say: Callable[[str], None] = l
     Call it in one process per machine, before the others look. Without a network it gives up within seconds.
 
     Args:
-        named: as for :func:`find_fashion_mnist`.
+        named: as for `find_fashion_mnist`.
         say: is told in words what takes time and what failed.
 
     Returns:
-        The folder; ``None`` where the files cannot be had.
+        The folder; `None` where the files cannot be had.
 
     Raises:
         DataError: a folder was named and a file is missing in it.
@@ -149,7 +149,7 @@ def load_images(folder: Path | None) -> Images:
     """Read Fashion-MNIST from a folder, or scikit-learn's digits.
 
     Args:
-        folder: what :func:`find_fashion_mnist` returned; ``None`` for the digits.
+        folder: what `find_fashion_mnist` returned; `None` for the digits.
 
     Returns:
         The images as they are stored, one byte a pixel.
@@ -167,7 +167,9 @@ def load_images(folder: Path | None) -> Images:
                 f"labels, got {images.shape} and {labels.shape}; copy all four files from one source"
             )
         if labels.max() > 9:
-            raise DataError(f"{folder}: the {part} labels go up to {labels.max()}, expected 0 to 9; copy the file again")
+            raise DataError(
+                f"{folder}: the {part} labels go up to {labels.max()}, expected 0 to 9; copy the file again"
+            )
     tensors = [torch.from_numpy(array) for array in arrays]
     owner = "Debian" if folder == DEBIAN_FOLDER else "downloaded" if folder == cache_folder() else "own copy"
     return Images(
@@ -258,7 +260,16 @@ def _may_install() -> bool:
 
 
 def _install_debian_package() -> bool:
-    apt = ["apt-get", "-q", "-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=10", "-o", "DPkg::Lock::Timeout=60"]
+    apt = [
+        "apt-get",
+        "-q",
+        "-o",
+        "Acquire::Retries=0",
+        "-o",
+        "Acquire::http::Timeout=10",
+        "-o",
+        "DPkg::Lock::Timeout=60",
+    ]
     install = [*apt, "install", "-y", "--no-install-recommends", DEBIAN_PACKAGE]
     # The lists may be missing or stale, but refreshing them costs seconds: only if the first try fails.
     for command in (install, [*apt, "update"], install):
@@ -297,7 +308,7 @@ def _reachable(host: str, port: int = 443) -> bool:
 
 
 def _download(folder: Path) -> None:
-    """Download the four files into ``folder``; each appears there whole and checked, or not at all."""
+    """Download the four files into `folder`; each appears there whole and checked, or not at all."""
     host = urlsplit(PROJECT_URL).hostname or ""
     if not _reachable(host):
         raise DataError(f"{host} cannot be reached within {CONNECT_TIMEOUT_S:g} s")

@@ -27,7 +27,7 @@ class Shard:
     """One rank's part of every global batch.
 
     Attributes:
-        rank: of ``world_size``.
+        rank: of `world_size`.
         world_size: number of ranks.
         batch_size: samples per rank and step.
         seed: decides the order of the samples.
@@ -79,7 +79,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module, rank: int, world_size: int, device: torch.device) -> Tensor:
-        """Return this rank's share of the test as ``[sum, count]``, float64; the metric is the ratio of the totals."""
+        """Return this rank's share of the test as `[sum, count]`, float64; the metric is the ratio of the totals."""
 
 
 class ImageTask(Task):
@@ -87,7 +87,7 @@ class ImageTask(Task):
 
     Args:
         network: makes the model.
-        data: a folder, ``digits``, or None to find them; see :mod:`launch.data`.
+        data: a folder, `digits`, or None to find them; see `launch.data`.
     """
 
     metric = "test_accuracy"
@@ -102,15 +102,15 @@ class ImageTask(Task):
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
     def build_model(self) -> nn.Module:
-        """See :meth:`Task.build_model`."""
+        """See `Task.build_model`."""
         return self._network()
 
     def steps_per_epoch(self, shard: Shard) -> int:
-        """See :meth:`Task.steps_per_epoch`."""
+        """See `Task.steps_per_epoch`."""
         return len(self._images.train_labels) // shard.global_batch_size
 
     def batch(self, step: int, shard: Shard) -> Batch:
-        """See :meth:`Task.batch`; every epoch has an order of its own, and the rest that fills no batch is left out."""
+        """See `Task.batch`; every epoch has an order of its own, and the rest that fills no batch is left out."""
         epoch, within = divmod(step, self.steps_per_epoch(shard))
         start = within * shard.global_batch_size
         chosen = shard.cut(self._epoch_order(epoch, shard.seed)[start : start + shard.global_batch_size])
@@ -125,7 +125,7 @@ class ImageTask(Task):
         """Return the number of test images that are classified rightly, and their number."""
         images, labels = self._images.test_images[rank::world_size], self._images.test_labels[rank::world_size]
         correct = torch.zeros((), dtype=torch.float64, device=device)
-        for some_images, some_labels in zip(images.split(500), labels.split(500), strict=True):
+        for some_images, some_labels in zip(torch.split(images, 500), torch.split(labels, 500), strict=True):
             guesses = model(self._scaled(some_images).to(device)).argmax(dim=1)
             correct += (guesses == some_labels.to(device)).sum()
         return torch.stack([correct, torch.tensor(float(len(labels)), dtype=torch.float64, device=device)])
@@ -152,9 +152,7 @@ class BytesTask(Task):
     metric = "bits_per_byte"
     higher_is_better = False
 
-    def __init__(
-        self, network: Callable[[int], nn.Module], context: int = 128, num_valid_windows: int = 1024
-    ) -> None:
+    def __init__(self, network: Callable[[int], nn.Module], context: int = 128, num_valid_windows: int = 1024) -> None:
         self._network = network
         self._context = context
         corpus = load_stdlib()
@@ -165,7 +163,7 @@ class BytesTask(Task):
         self._valid = corpus.valid[starts[:, None] + torch.arange(context + 1)]
 
     def build_model(self) -> nn.Module:
-        """See :meth:`Task.build_model`."""
+        """See `Task.build_model`."""
         return self._network(self._context)
 
     def steps_per_epoch(self, shard: Shard) -> int:
@@ -173,7 +171,7 @@ class BytesTask(Task):
         return len(self._train) // (shard.global_batch_size * self._context)
 
     def batch(self, step: int, shard: Shard) -> Batch:
-        """See :meth:`Task.batch`; windows start anywhere, each drawn anew."""
+        """See `Task.batch`; windows start anywhere, each drawn anew."""
         last_start = len(self._train) - self._context - 1
         starts = torch.randint(last_start + 1, (shard.global_batch_size,), generator=_generator(shard.seed, step))
         windows = self._train[shard.cut(starts)[:, None] + torch.arange(self._context + 1)].long()
@@ -188,7 +186,7 @@ class BytesTask(Task):
         """Return the sum of the held-out bytes' information in bits, and their number."""
         windows = self._valid[rank::world_size]
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        for some in windows.split(64):
+        for some in torch.split(windows, 64):
             tokens = some.long().to(device)
             nats = self.loss(model, (tokens[:, :-1], tokens[:, 1:])).double()
             num_bytes = len(some) * self._context
@@ -206,7 +204,7 @@ def _generator(seed: int, index: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """A task by name: how to make it, and whether it takes the images of :mod:`launch.data`."""
+    """A task by name: how to make it, and whether it takes the images of `launch.data`."""
 
     make: Callable[[str | None, int], Task]
     uses_images: bool
@@ -217,4 +215,4 @@ TASKS = {
     "fashion-mnist-lstm": TaskEntry(lambda data, width: ImageTask(lambda: RowLSTM(width), data), uses_images=True),
     "stdlib-gpt": TaskEntry(lambda data, width: BytesTask(lambda context: ByteGPT(context, width)), uses_images=False),
 }
-"""Tasks by name; each is made from ``--data`` and ``--width``."""
+"""Tasks by name; each is made from `--data` and `--width`."""

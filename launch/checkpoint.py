@@ -1,0 +1,107 @@
+"""One file that holds all a run needs to go on: what all ranks share, and what each keeps for itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launch.options import UsageError
+from launch.runtime import Ranks
+
+FORMAT = 1
+
+
+def save(path: str, shared: dict[str, Any], own: dict[str, Any], ranks: Ranks) -> None:
+    """Write a checkpoint on rank 0's machine; a file of that name is replaced at once, whole, or not at all.
+
+    All ranks must call it.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        shared: what is the same on all ranks; rank 0's is kept.
+        own: what this rank keeps for itself, such as carries.
+        ranks: this process's place.
+    """
+    everyones: list[Any] | None = [None] * ranks.world_size if ranks.is_first else None
+    dist.gather_object(own, everyones)
+    if not ranks.is_first:
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            torch.save({"format": FORMAT, "shared": shared, "ranks": everyones}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+        _sync_folder(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str, trajectory: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Read a checkpoint on rank 0's machine and hand every rank its part.
+
+    All ranks must call it.
+
+    Args:
+        path: the file.
+        trajectory: this run's options that decide the numbers; the checkpoint's must be the same.
+        ranks: this process's place; the world size must be the checkpoint's.
+
+    Returns:
+        What all ranks share, and what this one has kept; None where there is no such file.
+
+    Raises:
+        UsageError: on all ranks alike, where the file is damaged, or of another run.
+    """
+    message: list[Any] = [None]
+    if ranks.is_first:
+        message[0] = _read(path, trajectory, ranks.world_size)
+    dist.broadcast_object_list(message, src=0)
+    if isinstance(message[0], str):
+        raise UsageError(message[0])
+    return None if message[0] is None else (message[0]["shared"], message[0]["ranks"][ranks.rank])
+
+
+def _read(path: str, trajectory: dict[str, Any], world_size: int) -> dict[str, Any] | str | None:
+    """Return the checkpoint, None where there is none, or what is wrong with it in words."""
+    if not Path(path).exists():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the damaged bytes lead to
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"--checkpoint {path} cannot be read ({first_line}): it is damaged; remove it or take another"
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return f"--checkpoint {path} is no checkpoint of format {FORMAT}: remove it or take another"
+    kept = content["shared"]["options"]
+    differing = [name for name in trajectory if kept.get(name) != trajectory[name]]
+    if differing:
+        name = differing[0]
+        return (
+            f"--checkpoint {path} belongs to another run: --{name.replace('_', '-')} was {kept.get(name)}, "
+            f"is {trajectory[name]}; give the same options, or another --checkpoint"
+        )
+    if len(content["ranks"]) != world_size:
+        return (
+            f"--checkpoint {path} was written by {len(content['ranks'])} ranks, now there are {world_size}: "
+            "start as many"
+        )
+    return content
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself must reach the disk; some network file systems know no fsync of a folder.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,212 @@
+"""The options of a training run, checked before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from launch.schemes import CONFIDENCES, HOOKS, OPTIMIZERS, make_confidence
+from launch.tasks import TASKS
+
+RESUME_IF_THERE = "if-there"
+
+
+class UsageError(ValueError):
+    """An option that cannot be; the message says which, what was expected, what came and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What one run does; the names are those of the command line."""
+
+    task: str
+    width: int
+    data: str | None
+    optimizer: str
+    lr: float
+    momentum: float | None
+    weight_decay: float
+    schedule: str
+    hook: str
+    confidence: str | None
+    margin: int
+    l2: float
+    wire: str | None
+    exchange: str | None
+    bucket_cap_mb: float
+    batch_size: int
+    steps: int | None
+    epochs: float | None
+    seed: int
+    device: str
+    eval_every: int | None
+    checkpoint: str | None
+    checkpoint_every: int | None
+    resume: str | None
+    metrics: str | None
+
+    # What may differ between a run and the one that resumes it; all else decides the numbers.
+    _OF_NO_CONSEQUENCE = frozenset({"data", "device", "checkpoint", "checkpoint_every", "resume", "metrics"})
+
+    def trajectory(self) -> dict[str, Any]:
+        """Return the options that decide the numbers: a run can only go on with the same."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in self._OF_NO_CONSEQUENCE}
+
+    def check(self) -> None:
+        """Refuse options that are out of range or do not go together.
+
+        Raises:
+            UsageError: names the option and what to do.
+        """
+        self._check_ranges()
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError("--steps and --epochs say the same thing twice: give one of them")
+        if self.hook == "sign-vote":
+            if self.confidence is None:
+                raise UsageError(f"--hook sign-vote needs --confidence: one of {', '.join(CONFIDENCES)}")
+        else:
+            self._check_without_vote()
+        optimizer = OPTIMIZERS[self.optimizer]
+        if self.momentum is not None and optimizer.momentum is None:
+            raise UsageError(f"--momentum is no option of --optimizer {self.optimizer}: leave it out")
+        if self.weight_decay and optimizer.l2 and self.hook == "sign-vote":
+            raise UsageError(
+                f"--weight-decay of {self.optimizer} is L2, which would turn each abstention into a vote for decay: "
+                "use --l2, or an optimizer with decoupled decay (adamw, sign-adam-pp)"
+            )
+        if self.confidence is not None:
+            try:
+                make_confidence(self.confidence)
+            except ValueError as error:
+                raise UsageError(f"--confidence {self.confidence}: {error}") from error
+        if self.data is not None and not TASKS[self.task].uses_images:
+            raise UsageError(f"--data names Fashion-MNIST's folder, task {self.task} does not use it: leave it out")
+        if self.checkpoint is None and (self.resume is not None or self.checkpoint_every is not None):
+            raise UsageError("--resume and --checkpoint-every need --checkpoint PATH")
+
+    def _check_ranges(self) -> None:
+        for name, low, high in (("lr", 0.0, float("inf")), ("momentum", 0.0, 1.0), ("bucket_cap_mb", 0.0, 1e6)):
+            value = getattr(self, name)
+            if value is not None and not (low <= value < high and (name == "momentum" or value > 0)):
+                bracket = "[" if name == "momentum" else "("
+                raise UsageError(f"{_flag(name)} must be in {bracket}{low:g}, {high:g}), got {value:g}")
+        for name in ("weight_decay", "l2"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{_flag(name)} must be 0 or more, got {getattr(self, name):g}")
+        for name in ("width", "batch_size", "margin", "steps", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{_flag(name)} must be 1 or more, got {value}")
+        if self.epochs is not None and not 0 < self.epochs < 1e6:
+            raise UsageError(f"--epochs must be above 0, got {self.epochs:g}")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed must be in [0, 2**63), got {self.seed}")
+
+    def _check_without_vote(self) -> None:
+        for name, default in (("margin", 1), ("l2", 0.0), ("wire", None), ("exchange", None)):
+            if getattr(self, name) != default:
+                hint = " (without a vote, L2 is the optimizer's --weight-decay)" if name == "l2" else ""
+                raise UsageError(f"{_flag(name)} is an option of --hook sign-vote, got --hook {self.hook}{hint}")
+        if self.confidence is not None and not OPTIMIZERS[self.optimizer].own:
+            own = ", ".join(name for name, entry in OPTIMIZERS.items() if entry.own)
+            raise UsageError(
+                f"--confidence needs --hook sign-vote, or an optimizer that takes it ({own}); "
+                f"got --hook {self.hook} --optimizer {self.optimizer}"
+            )
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line of `launch.train`."""
+    parser = _OneLineParser(
+        prog="launch.train",
+        description="Train one task, alone or on several ranks started by torchrun.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    what = parser.add_argument_group("what is trained")
+    what.add_argument("--task", choices=TASKS, default="fashion-mnist-lenet")
+    what.add_argument("--width", type=int, default=1, help="multiplies the model's channels and hidden units")
+    what.add_argument("--data", help="folder with Fashion-MNIST's four files, or 'digits'; by default found by itself")
+    what.add_argument("--batch-size", type=int, default=32, help="samples per rank and step")
+    what.add_argument("--steps", type=int, help="how long; by default --epochs 4")
+    what.add_argument("--epochs", type=float, help="how long, in passes over the training data")
+    what.add_argument("--seed", type=int, default=0)
+    what.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU per rank, or CPU")
+
+    how = parser.add_argument_group("optimizer")
+    how.add_argument("--optimizer", choices=OPTIMIZERS, default="sign-adam-pp")
+    how.add_argument("--lr", type=float, default=1e-3)
+    how.add_argument("--momentum", type=float, help="by default the optimizer's own")
+    how.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, but L2 for adam and sgd, as in torch")
+    how.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
+
+    link = parser.add_argument_group("what goes over the link")
+    link.add_argument("--hook", choices=HOOKS, default="none", help="how gradients are combined")
+    link.add_argument("--confidence", metavar="NAME[:KEY=VALUE,...]", help=f"who may vote: {_confidence_help()}")
+    link.add_argument("--margin", type=int, default=1, help="least lead of a verdict, in votes")
+    link.add_argument("--l2", type=float, default=0.0, help="added to each rank's gradient before the vote")
+    link.add_argument("--wire", help="codec of the ballots; by default the library's")
+    link.add_argument("--exchange", help="how ballots and verdicts travel; by default the library's")
+    link.add_argument("--bucket-cap-mb", type=float, default=25.0, help="DDP's bucket size, in MiB")
+
+    out = parser.add_argument_group("results")
+    out.add_argument("--metrics", metavar="FILE", help="append JSON lines to this file (rank 0)")
+    out.add_argument("--eval-every", type=int, metavar="STEPS", help="test and write a line; by default every epoch")
+    out.add_argument("--checkpoint", metavar="FILE", help="keep the state of the run here (rank 0)")
+    out.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="by default at the end only")
+    out.add_argument(
+        "--resume",
+        nargs="?",
+        const="must",
+        choices=("must", RESUME_IF_THERE),
+        help="go on from --checkpoint, which must be there; with 'if-there' a missing one starts a new run",
+    )
+    return parser
+
+
+def parse_options(argv: list[str] | None = None) -> TrainOptions:
+    """Parse and check a command line.
+
+    Raises:
+        UsageError: one clear line for the user.
+    """
+    options = TrainOptions(**vars(make_parser().parse_args(argv)))
+    options.check()
+    return options
+
+
+def exit_with(message: str, code: int = 2, prog: str = "launch.train") -> NoReturn:
+    """End this rank because of the user's mistake: rank 0 says it in one line, all ranks end with the same code.
+
+    torchrun ends all ranks as soon as one has failed. So that no silent rank fails first, the others wait to be ended;
+    and so that they get here, and end with this code and not by a signal, rank 0 waits a moment too.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            time.sleep(2)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        time.sleep(10)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _confidence_help() -> str:
+    return ", ".join(f"{name}:{entry.example}" for name, entry in CONFIDENCES.items()).replace("%", "%%")

@@ -1,0 +1,101 @@
+"""The place of this process among the ranks: environment, device, threads and process group."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from launch.options import UsageError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place, as torchrun tells it; one rank of one where nothing is told.
+
+    Attributes:
+        rank: among all processes.
+        world_size: number of all processes.
+        local_rank: among those of this machine.
+        local_world_size: number of those of this machine.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """Read torchrun's variables.
+
+        Raises:
+            UsageError: some are there and others are missing, or one is no number.
+        """
+        if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+            return cls(0, 1, 0, 1)
+        try:
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        except (KeyError, ValueError) as error:
+            raise UsageError(
+                f"RANK and WORLD_SIZE must both be numbers in the environment, got {error}: start ranks by torchrun"
+            ) from error
+        return cls(rank, world_size, local_rank, local_world_size)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+
+def choose_device(wanted: str, ranks: Ranks) -> torch.device:
+    """Return this rank's device: a GPU of its own, or the CPU.
+
+    Args:
+        wanted: `auto`, `cpu` or `cuda`.
+        ranks: this process's place.
+
+    Raises:
+        UsageError: `cuda` is wanted and there is no GPU for every rank of this machine.
+    """
+    num_gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if num_gpus >= ranks.local_world_size:
+        return torch.device("cuda", ranks.local_rank)
+    if wanted == "cuda":
+        raise UsageError(
+            f"--device cuda needs a GPU per rank: {ranks.local_world_size} ranks on this machine, {num_gpus} GPUs; "
+            "start fewer ranks or take --device cpu"
+        )
+    return torch.device("cpu")
+
+
+def start(ranks: Ranks, device: torch.device) -> None:
+    """Share the machine's cores between its ranks and make the default process group: NCCL on GPUs, else Gloo."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    if ranks.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        # A process alone needs no network, but DDP and its hooks need a group.
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, device_id=device_id)
+    else:
+        dist.init_process_group(backend, device_id=device_id)
+
+
+def agree(what: str, mine: str, ranks: Ranks, advice: str) -> None:
+    """Refuse to go on if a rank has something else than rank 0.
+
+    Raises:
+        UsageError: on all ranks alike; names the first rank that differs, what it has and what rank 0 has.
+    """
+    all_have: list[str | None] = [None] * ranks.world_size
+    dist.all_gather_object(all_have, mine)
+    for rank, theirs in enumerate(all_have):
+        if theirs != all_have[0]:
+            raise UsageError(f"{what} differs: rank {rank} has {theirs}, rank 0 has {all_have[0]}; {advice}")

@@ -1,0 +1,270 @@
+"""Train one task, alone or on several ranks: `torchrun --nproc-per-node 4 launch/train.py --hook sign-vote ...`.
+
+The steps of a run:
+
+1. Check the options, before anything is started; an error is one line and exit code 2, on every rank alike.
+2. On each machine the first rank sees to the data, then all join the process group.
+3. Build the model from the seed, wrap it in DDP, register the hook, make the optimizer, load the checkpoint.
+4. Train; test every so often, and write a line of metrics each time.
+
+A run that is resumed repeats an unbroken one bit for bit under `--hook sign-vote`. With an all-reduce it does so on one
+or two ranks; on more, float sums depend on DDP's bucket layout, which starts anew with every process.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    # Started as a file: this folder's modules must not pass for top-level ones, and `launch` itself must be found.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from launch import checkpoint
+from launch.data import DataError, fetch_fashion_mnist
+from launch.metrics import MetricsFile, describe_machine
+from launch.options import RESUME_IF_THERE, TrainOptions, UsageError, exit_with, parse_options
+from launch.runtime import Ranks, agree, choose_device, start
+from launch.schemes import HOOKS, Combiner, make_optimizer
+from launch.tasks import TASKS, Shard, Task
+
+DEFAULT_EPOCHS = 4.0
+NUM_UNTIMED_STEPS = 5
+"""The first steps of a process: DDP rebuilds its buckets, kernels are compiled, caches are cold."""
+
+
+@dataclass
+class Progress:
+    """How far this rank is; a checkpoint holds all but the times.
+
+    Attributes:
+        step: number of steps done.
+        loss_sum: of this rank's losses since the last test, float64 scalar on the device.
+        num_losses: how many those are.
+        step_times_s: of this process, without its first steps.
+    """
+
+    step: int
+    loss_sum: Tensor
+    num_losses: int = 0
+    step_times_s: list[float] = field(default_factory=list)
+
+
+class Trainer:
+    """One run on one rank.
+
+    Args:
+        options: what to do.
+        ranks: this process's place; the process group is there already.
+        device: where to compute.
+
+    Raises:
+        UsageError: the options do not suit the task or the number of ranks, or the ranks have different data.
+    """
+
+    def __init__(self, options: TrainOptions, ranks: Ranks, device: torch.device) -> None:
+        self.options, self.ranks, self.device = options, ranks, device
+        self.task: Task = TASKS[options.task].make(options.data, options.width)
+        agree("the data", self.task.source, ranks, "give every machine the same files, or --data")
+        self.shard = Shard(ranks.rank, ranks.world_size, options.batch_size, options.seed)
+        self.steps_per_epoch = self.task.steps_per_epoch(self.shard)
+        self.num_steps = self._num_steps()
+        torch.manual_seed(options.seed)
+        self.net: nn.Module = self.task.build_model().to(device)
+        self.model = DistributedDataParallel(
+            self.net, device_ids=[device] if device.type == "cuda" else None, bucket_cap_mb=options.bucket_cap_mb
+        )
+        try:
+            self.combiner: Combiner = HOOKS[options.hook](self.model, options)
+            self.optimizer: Optimizer = make_optimizer(self.model, options, self.combiner)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        self.progress = Progress(0, torch.zeros((), dtype=torch.float64, device=device))
+
+    def run(self) -> None:
+        """Train to the last step, and write what was measured."""
+        self._resume()
+        options = self.options
+        eval_every = options.eval_every or max(1, min(self.steps_per_epoch, self.num_steps))
+        metrics = MetricsFile(options.metrics if self.ranks.is_first else None, self.progress.step)
+        metrics.write(self._first_line())
+        # A terminal gets a bar that moves, a log a line now and then.
+        every_s = 0.2 if sys.stderr.isatty() else 10.0
+        with tqdm(
+            total=self.num_steps,
+            initial=self.progress.step,
+            desc=f"{options.optimizer}, {options.hook}",
+            unit="step",
+            mininterval=every_s,
+            maxinterval=max(10.0, every_s),
+            disable=not self.ranks.is_first,
+        ) as bar:
+            measured: dict[str, Any] = {}
+            while self.progress.step < self.num_steps:
+                self._train_step()
+                bar.update()
+                step = self.progress.step
+                if step % eval_every == 0 or step == self.num_steps:
+                    measured = self._measure()
+                    metrics.write({"event": "test", **measured})
+                    bar.set_postfix({self.task.metric: f"{measured[self.task.metric]:.4f}"})
+                if options.checkpoint and (
+                    step == self.num_steps or (options.checkpoint_every and step % options.checkpoint_every == 0)
+                ):
+                    self._save()
+        measured = measured or self._measure()
+        metrics.write({"event": "end", **measured, "ranks": self._traffic_of_ranks()})
+        if self.ranks.is_first:
+            print(f"{self.task.metric} {measured[self.task.metric]:.4f} after {self.num_steps} steps", flush=True)
+
+    def _num_steps(self) -> int:
+        if self.steps_per_epoch == 0:
+            raise UsageError(
+                f"--batch-size {self.shard.batch_size} on {self.shard.world_size} ranks is more than the data have: "
+                "take a smaller one"
+            )
+        if self.options.steps is not None:
+            return self.options.steps
+        return max(1, round((self.options.epochs or DEFAULT_EPOCHS) * self.steps_per_epoch))
+
+    def _train_step(self) -> None:
+        progress = self.progress
+        began = time.perf_counter()
+        self._set_lr(progress.step)
+        inputs, targets = self.task.batch(progress.step, self.shard)
+        loss = self.task.loss(self.model, (inputs.to(self.device), targets.to(self.device)))
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        progress.loss_sum += loss.detach()
+        progress.num_losses += 1
+        progress.step += 1
+        progress.step_times_s.append(time.perf_counter() - began)
+
+    def _set_lr(self, step: int) -> None:
+        factor = 1.0
+        if self.options.schedule == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * step / self.num_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr * factor
+
+    def _measure(self) -> dict[str, Any]:
+        """Test the model on all ranks together; the same numbers on each, but for its own traffic and times."""
+        progress = self.progress
+        self.net.eval()
+        tested = self.task.evaluate(self.net, self.ranks.rank, self.ranks.world_size, self.device)
+        self.net.train()
+        totals = torch.cat([tested, progress.loss_sum[None], torch.full_like(tested[:1], progress.num_losses)])
+        dist.all_reduce(totals)
+        progress.loss_sum.zero_()
+        progress.num_losses = 0
+        metric_sum, metric_count, loss_sum, num_losses = totals.tolist()
+        timed = progress.step_times_s[NUM_UNTIMED_STEPS:]
+        return {
+            "step": progress.step,
+            "epoch": progress.step / self.steps_per_epoch,
+            "train_loss": loss_sum / num_losses if num_losses else None,
+            self.task.metric: metric_sum / metric_count,
+            **asdict(self.combiner.traffic(progress.step)),
+            "median_step_s": statistics.median(timed) if timed else None,
+        }
+
+    def _traffic_of_ranks(self) -> list[dict[str, Any]]:
+        everyones: list[Any] = [None] * self.ranks.world_size
+        dist.all_gather_object(everyones, asdict(self.combiner.traffic(self.progress.step)))
+        return everyones
+
+    def _first_line(self) -> dict[str, Any]:
+        return {
+            "event": "start",
+            "options": asdict(self.options),
+            "world_size": self.ranks.world_size,
+            "num_steps": self.num_steps,
+            "first_step": self.progress.step,
+            "num_parameters": sum(p.numel() for p in self.net.parameters()),
+            "metric": self.task.metric,
+            "data": self.task.source,
+            "device": str(self.device),
+            **describe_machine(),
+        }
+
+    def _trajectory(self) -> dict[str, Any]:
+        return {**self.options.trajectory(), "num_steps": self.num_steps, "data_source": self.task.source}
+
+    def _save(self) -> None:
+        assert self.options.checkpoint is not None
+        progress = self.progress
+        shared = {
+            "options": self._trajectory(),
+            "step": progress.step,
+            "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        own = {
+            "hook": self.combiner.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "loss_sum": progress.loss_sum.item(),
+            "num_losses": progress.num_losses,
+        }
+        checkpoint.save(self.options.checkpoint, shared, own, self.ranks)
+
+    def _resume(self) -> None:
+        options = self.options
+        if options.resume is None:
+            return
+        assert options.checkpoint is not None
+        loaded = checkpoint.load(options.checkpoint, self._trajectory(), self.ranks)
+        if loaded is None:
+            if options.resume == RESUME_IF_THERE:
+                return
+            raise UsageError(
+                f"--resume: there is no --checkpoint {options.checkpoint}; leave out --resume to start anew"
+            )
+        shared, own = loaded
+        self.net.load_state_dict(shared["model"])
+        self.optimizer.load_state_dict(shared["optimizer"])
+        self.combiner.load_state_dict(own["hook"])
+        torch.set_rng_state(own["rng"])
+        if own["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda_rng"], self.device)
+        self.progress.step = shared["step"]
+        self.progress.loss_sum.fill_(own["loss_sum"])
+        self.progress.num_losses = own["num_losses"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; does not return where the user has made a mistake."""
+    try:
+        options = parse_options(argv)
+        ranks = Ranks.from_environment()
+        device = choose_device(options.device, ranks)
+        if TASKS[options.task].uses_images and ranks.local_rank == 0:
+            fetch_fashion_mnist(
+                options.data, say=lambda text: print(f"launch.train: {text}", file=sys.stderr, flush=True)
+            )
+        start(ranks, device)
+        Trainer(options, ranks, device).run()
+        dist.destroy_process_group()
+    except (UsageError, DataError) as error:
+        exit_with(str(error))
+    except KeyboardInterrupt:
+        exit_with("interrupted", code=130)
+
+
+if __name__ == "__main__":
+    main()
