@@ -1,0 +1,193 @@
+"""`make demo`: what sign votes save and what they cost, on real data and real ranks, in a few minutes.
+
+torchrun starts the ranks on this machine twice, on the same seed: float32 all-reduce with Adam, then sign votes with
+signADAM++. The outcome is one table, the same as JSON, and a picture of accuracy against bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NoReturn
+
+from launch.data import DIGITS, DataError, fetch_fashion_mnist
+from launch.metrics import read_lines
+
+TASK = "fashion-mnist-lenet"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One of the two runs: its name in files and in the table, and its part of the command line."""
+
+    name: str
+    title: str
+    arguments: tuple[str, ...]
+
+
+SCHEMES = (
+    Scheme("adam", "Adam, fp32 all-reduce", ("--optimizer", "adam", "--lr", "4e-3", "--hook", "none")),
+    Scheme(
+        "sign-vote",
+        "signADAM++, sign votes",
+        ("--optimizer", "sign-adam-pp", "--lr", "1e-3", "--hook", "sign-vote", "--confidence", "adaptive:beta2=1"),
+    ),
+)
+
+
+class RunError(RuntimeError):
+    """A run that failed; its own output, above, says why."""
+
+    def __init__(self, scheme: Scheme, code: int) -> None:
+        super().__init__(f"the run '{scheme.title}' ended with code {code}; what it said stands above")
+        self.code = code if code > 0 else 1
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the demo; does not return where something fails."""
+    options = _parse(argv)
+    try:
+        folder = fetch_fashion_mnist(options.data, say=lambda text: print(f"demo: {text}", flush=True))
+    except DataError as error:
+        _fail(str(error), 2)
+    data = DIGITS if folder is None else str(folder)
+    print(f"data: {'scikit-learn digits: Fashion-MNIST cannot be had here' if folder is None else folder}", flush=True)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        runs = {scheme: _run(scheme, options, data, out / f"{scheme.name}.jsonl") for scheme in SCHEMES}
+    except RunError as error:
+        _fail(str(error), error.code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    rows = [summarize(scheme.title, lines) for scheme, lines in runs.items()]
+    start = next(iter(runs.values()))[0]
+    head = (
+        f"LeNet, {start['num_parameters']:,} parameters, {start['world_size']} ranks on {start['device']}, "
+        f"{start['num_steps']} steps of {options.batch_size} images a rank, seed {options.seed}"
+    )
+    print(f"\n{head}\ndata: {start['data']}\n\n{format_table(rows)}\n")
+    result = {"title": head, **{key: start[key] for key in ("data", "machine", "python", "torch")}, "schemes": rows}
+    json_path, picture_path = out / "demo.json", out / "demo.png"
+    json_path.write_text(json.dumps(result, indent=2) + "\n")
+    from launch.picture import draw_accuracy_against_bytes
+
+    curves = {scheme.title: [line for line in lines if line["event"] == "test"] for scheme, lines in runs.items()}
+    draw_accuracy_against_bytes(curves, f"{start['data'].split(' (')[0]}, {head}", picture_path)
+    print(f"table:   {json_path}\npicture: {picture_path}")
+
+
+def summarize(title: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one scheme's part of the table from its metrics.
+
+    Args:
+        title: the scheme, as the table calls it.
+        lines: those of its metrics file.
+
+    Returns:
+        Bytes are those of the whole run and the mean over the ranks, as are the densities; `fp32_ratio` and
+        `bf16_ratio` say how many times fewer bytes went over the link than in a ring all-reduce.
+    """
+    end, ranks = lines[-1], lines[-1]["ranks"]
+    sent, received = (fmean(rank[key] for rank in ranks) for key in ("sent_bytes", "received_bytes"))
+    densities = {
+        key: None if ranks[0][key] is None else fmean(rank[key] for rank in ranks)
+        for key in ("ballot_density", "verdict_density")
+    }
+    return {
+        "scheme": title,
+        "test_accuracy": end["test_accuracy"],
+        "sent_bytes": sent,
+        "received_bytes": received,
+        "bytes_are": end["kind"],
+        "fp32_ratio": end["fp32_bytes"] / (sent + received) if sent else None,
+        "bf16_ratio": end["bf16_bytes"] / (sent + received) if sent else None,
+        **densities,
+        "median_step_s": end["median_step_s"],
+        "data": lines[0]["data"],
+    }
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Return the table as text, a column per scheme."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.2f} %"
+
+    def megabytes(value: float) -> str:
+        return f"{value / 1e6:,.2f} MB"
+
+    def times(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f} x"
+
+    measures = (
+        ("test accuracy", lambda row: percent(row["test_accuracy"])),
+        ("bytes sent per rank", lambda row: megabytes(row["sent_bytes"])),
+        ("bytes received per rank", lambda row: megabytes(row["received_bytes"])),
+        ("bytes are", lambda row: "counted" if row["bytes_are"] == "counted" else "by formula"),
+        ("fewer than fp32 all-reduce", lambda row: times(row["fp32_ratio"])),
+        ("fewer than bf16 all-reduce", lambda row: times(row["bf16_ratio"])),
+        ("ballots that are not 0", lambda row: percent(row["ballot_density"])),
+        ("verdicts that are not 0", lambda row: percent(row["verdict_density"])),
+        ("median step", lambda row: f"{1e3 * row['median_step_s']:.1f} ms" if row["median_step_s"] else "-"),
+        ("data", lambda row: row["data"].split(" (")[0]),
+    )
+    cells = [["", *(row["scheme"] for row in rows)]]
+    cells += [[name, *(show(row) for row in rows)] for name, show in measures]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]) for c in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch.demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=4, help="processes on this machine")
+    parser.add_argument("--epochs", type=float, default=4.0, help="passes over the training data, per run")
+    parser.add_argument("--steps", type=int, help="instead of --epochs")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per rank and step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", help="folder with Fashion-MNIST's four files, or 'digits'; else found by itself")
+    parser.add_argument("--out", default="runs/demo", help="folder for the results")
+    options = parser.parse_args(argv)
+    if options.ranks < 1:
+        parser.error(f"--ranks must be 1 or more, got {options.ranks}")
+    return options
+
+
+def _run(scheme: Scheme, options: argparse.Namespace, data: str, metrics: Path) -> list[dict[str, Any]]:
+    """Let torchrun train one scheme; return its metrics."""
+    length = ["--epochs", str(options.epochs)] if options.steps is None else ["--steps", str(options.steps)]
+    # Ten or so points for the picture; by epochs there would be four.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
+    command += ["-m", "launch.train", "--task", TASK, "--data", data, "--metrics", str(metrics)]
+    command += ["--batch-size", str(options.batch_size), "--seed", str(options.seed), *length]
+    command += ["--eval-every", "117", *scheme.arguments]
+    print(f"\n{scheme.title}", flush=True)
+    # torchrun warns at length where this is unset. One thread: each rank sets its own share of the cores.
+    process = subprocess.Popen(command, env={"OMP_NUM_THREADS": "1", **os.environ})
+    try:
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if code != 0:
+        raise RunError(scheme, code)
+    return read_lines(metrics)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"launch.demo: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
