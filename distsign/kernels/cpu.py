@@ -20,13 +20,15 @@ from distsign.kernels.spans import BLOCK, LANES, Spans
 __all__ = ["moments", "pack", "tally", "unpack"]
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
-_INFINITY = np.int32(0x7F800000)
+_EXPONENT_ONE = np.uint32(0x00800000)
 _TOP = np.uint32(0x80000000)
 _ONE = np.uint32(1)
 _ZERO = np.uint32(0)
 _BYTES = LANES * 4
 _STRIDE = BLOCK // 4
-_CHUNK = 256
+_CHUNK = 512
+_WORDS = _CHUNK // 8
+_ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 _jit: Any = numba.njit(nogil=True, error_model="numpy", cache=True)
 _inline: Any = numba.njit(nogil=True, error_model="numpy", inline="always")
@@ -38,14 +40,14 @@ _inline: Any = numba.njit(nogil=True, error_model="numpy", inline="always")
 @_inline
 def _mask8(x, at, limit):
     """Bit i: does element `at + 16 i` vote? Magnitudes of IEEE floats compare as integers, NaN above infinity."""
-    m = _ONE if np.int32(x[at] & _MAGNITUDE) > limit else _ZERO
-    m |= np.uint32(2) if np.int32(x[at + LANES] & _MAGNITUDE) > limit else _ZERO
-    m |= np.uint32(4) if np.int32(x[at + 2 * LANES] & _MAGNITUDE) > limit else _ZERO
-    m |= np.uint32(8) if np.int32(x[at + 3 * LANES] & _MAGNITUDE) > limit else _ZERO
-    m |= np.uint32(16) if np.int32(x[at + 4 * LANES] & _MAGNITUDE) > limit else _ZERO
-    m |= np.uint32(32) if np.int32(x[at + 5 * LANES] & _MAGNITUDE) > limit else _ZERO
-    m |= np.uint32(64) if np.int32(x[at + 6 * LANES] & _MAGNITUDE) > limit else _ZERO
-    m |= np.uint32(128) if np.int32(x[at + 7 * LANES] & _MAGNITUDE) > limit else _ZERO
+    m = np.uint32((x[at] & _MAGNITUDE) > limit)
+    m |= np.uint32((x[at + LANES] & _MAGNITUDE) > limit) << np.uint32(1)
+    m |= np.uint32((x[at + 2 * LANES] & _MAGNITUDE) > limit) << np.uint32(2)
+    m |= np.uint32((x[at + 3 * LANES] & _MAGNITUDE) > limit) << np.uint32(3)
+    m |= np.uint32((x[at + 4 * LANES] & _MAGNITUDE) > limit) << np.uint32(4)
+    m |= np.uint32((x[at + 5 * LANES] & _MAGNITUDE) > limit) << np.uint32(5)
+    m |= np.uint32((x[at + 6 * LANES] & _MAGNITUDE) > limit) << np.uint32(6)
+    m |= np.uint32((x[at + 7 * LANES] & _MAGNITUDE) > limit) << np.uint32(7)
     return m
 
 
@@ -64,83 +66,84 @@ def _sign8(x, at, s):
 
 
 @_inline
-def _largest8(x, at, w):
-    w = max(w, np.int32(x[at] & _MAGNITUDE))
-    w = max(w, np.int32(x[at + LANES] & _MAGNITUDE))
-    w = max(w, np.int32(x[at + 2 * LANES] & _MAGNITUDE))
-    w = max(w, np.int32(x[at + 3 * LANES] & _MAGNITUDE))
-    w = max(w, np.int32(x[at + 4 * LANES] & _MAGNITUDE))
-    w = max(w, np.int32(x[at + 5 * LANES] & _MAGNITUDE))
-    w = max(w, np.int32(x[at + 6 * LANES] & _MAGNITUDE))
-    w = max(w, np.int32(x[at + 7 * LANES] & _MAGNITUDE))
+def _overflow8(x, at, w):
+    """Collect in the top bit of `w` whether any of eight elements is NaN or infinite: its exponent overflows by one."""
+    w |= (x[at] & _MAGNITUDE) + _EXPONENT_ONE
+    w |= (x[at + LANES] & _MAGNITUDE) + _EXPONENT_ONE
+    w |= (x[at + 2 * LANES] & _MAGNITUDE) + _EXPONENT_ONE
+    w |= (x[at + 3 * LANES] & _MAGNITUDE) + _EXPONENT_ONE
+    w |= (x[at + 4 * LANES] & _MAGNITUDE) + _EXPONENT_ONE
+    w |= (x[at + 5 * LANES] & _MAGNITUDE) + _EXPONENT_ONE
+    w |= (x[at + 6 * LANES] & _MAGNITUDE) + _EXPONENT_ONE
+    w |= (x[at + 7 * LANES] & _MAGNITUDE) + _EXPONENT_ONE
     return w
 
 
 @_inline
 def _popcount(m):
+    # Numba types uint32 * uint32 as uint64; the cast cuts the product back to its low word.
     m = m - ((m >> _ONE) & np.uint32(0x55555555))
     m = (m & np.uint32(0x33333333)) + ((m >> np.uint32(2)) & np.uint32(0x33333333))
     m = (m + (m >> np.uint32(4))) & np.uint32(0x0F0F0F0F)
-    return (m * np.uint32(0x01010101)) >> np.uint32(24)
+    return np.uint32(m * np.uint32(0x01010101)) >> np.uint32(24)
 
 
 @_jit
 def _pack(x, start, length, row, mask_at, sign_at, limits, out, counts):
-    masks = np.empty(LANES, np.uint32)
-    signs = np.empty(LANES, np.uint32)
-    largest = np.zeros(LANES, np.int32)
-    votes = np.empty(LANES, np.uint32)
-    mask_bytes = masks.view(np.uint8)
-    sign_bytes = signs.view(np.uint8)
-    worst = np.int32(0)
+    # One array for all that is kept per lane: LLVM compares at most eight pairs of pointers before it gives up.
+    lanes = np.zeros(4 * LANES, np.uint32)  # masks, signs, overflows, counts of votes
+    lane_bytes = lanes.view(np.uint8)
+    overflow = _ZERO
     for k in range(start.size):
         base, end = start[k], start[k] + length[k]
         limit = limits[row[k]]
         m_at, s_at = mask_at[k], sign_at[k]
-        votes[:] = 0
+        lanes[3 * LANES :] = 0
         while base + BLOCK <= end:
+            block = x[base : base + BLOCK]
             for j in range(LANES):
-                at = base + j
-                m = _mask8(x, at, limit)
-                m |= _mask8(x, at + _STRIDE, limit) << np.uint32(8)
-                m |= _mask8(x, at + 2 * _STRIDE, limit) << np.uint32(16)
-                m |= _mask8(x, at + 3 * _STRIDE, limit) << np.uint32(24)
-                s = _sign8(x, at, _ZERO)
-                s = _sign8(x, at + _STRIDE, s)
-                s = _sign8(x, at + 2 * _STRIDE, s)
-                s = _sign8(x, at + 3 * _STRIDE, s)
-                w = _largest8(x, at, largest[j])
-                w = _largest8(x, at + _STRIDE, w)
-                w = _largest8(x, at + 2 * _STRIDE, w)
-                largest[j] = _largest8(x, at + 3 * _STRIDE, w)
-                masks[j] = m
-                signs[j] = s & m
-                votes[j] += _popcount(m)
-            for i in range(_BYTES):
-                out[m_at + i] = mask_bytes[i]
-            for i in range(_BYTES):
-                out[s_at + i] = sign_bytes[i]
+                m = _mask8(block, j, limit)
+                m |= _mask8(block, j + _STRIDE, limit) << np.uint32(8)
+                m |= _mask8(block, j + 2 * _STRIDE, limit) << np.uint32(16)
+                m |= _mask8(block, j + 3 * _STRIDE, limit) << np.uint32(24)
+                s = _sign8(block, j, _ZERO)
+                s = _sign8(block, j + _STRIDE, s)
+                s = _sign8(block, j + 2 * _STRIDE, s)
+                s = _sign8(block, j + 3 * _STRIDE, s)
+                w = _overflow8(block, j, lanes[2 * LANES + j])
+                w = _overflow8(block, j + _STRIDE, w)
+                w = _overflow8(block, j + 2 * _STRIDE, w)
+                w = _overflow8(block, j + 3 * _STRIDE, w)
+                lanes[j] = m
+                lanes[LANES + j] = s & m
+                lanes[2 * LANES + j] = w
+                lanes[3 * LANES + j] += _popcount(m)
+            out[m_at : m_at + _BYTES] = lane_bytes[:_BYTES]
+            out[s_at : s_at + _BYTES] = lane_bytes[_BYTES : 2 * _BYTES]
             base += BLOCK
             m_at += _BYTES
             s_at += _BYTES
-        tail_votes = 0
+        num_votes = 0
         while base < end:
             m = np.uint8(0)
             s = np.uint8(0)
             for i in range(min(8, end - base)):
-                magnitude = np.int32(x[base + i] & _MAGNITUDE)
-                worst = max(worst, magnitude)
+                magnitude = x[base + i] & _MAGNITUDE
+                overflow |= magnitude + _EXPONENT_ONE
                 if magnitude > limit:
                     m |= np.uint8(1 << i)
                     s |= np.uint8((x[base + i] >> np.uint32(31)) << np.uint32(i))
-                    tail_votes += 1
+                    num_votes += 1
             out[m_at] = m
             out[s_at] = s
             base += 8
             m_at += 1
             s_at += 1
-        counts[row[k]] += tail_votes + votes.sum()
-    return max(worst, largest.max()) < _INFINITY
+        for j in range(LANES):
+            num_votes += lanes[3 * LANES + j]
+            overflow |= lanes[2 * LANES + j]
+        counts[row[k]] += num_votes
+    return (overflow & _TOP) == 0
 
 
 def pack(grad: Tensor, spans: Spans, thresholds: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D103
@@ -152,7 +155,7 @@ def pack(grad: Tensor, spans: Spans, thresholds: Tensor, out: Tensor) -> tuple[T
         spans.row,
         spans.mask_at,
         spans.sign_at,
-        thresholds.numpy().view(np.int32),
+        thresholds.numpy().view(np.uint32),
         out.numpy(),
         counts.numpy(),
     )
@@ -177,28 +180,25 @@ def _store8(out, at, m, s, value):
 
 @_jit
 def _unpack(payload, start, length, mask_at, sign_at, value, out):
-    masks = np.empty(LANES, np.uint32)
-    signs = np.empty(LANES, np.uint32)
-    votes = np.zeros(LANES, np.int64)
-    mask_bytes = masks.view(np.uint8)
-    sign_bytes = signs.view(np.uint8)
+    lanes = np.zeros(2 * LANES, np.uint32)  # masks, signs
+    lane_bytes = lanes.view(np.uint8)
     count = 0
     for k in range(start.size):
         base, end = start[k], start[k] + length[k]
         m_at, s_at = mask_at[k], sign_at[k]
         while base + BLOCK <= end:
-            for i in range(_BYTES):
-                mask_bytes[i] = payload[m_at + i]
-            for i in range(_BYTES):
-                sign_bytes[i] = payload[s_at + i]
+            lane_bytes[:_BYTES] = payload[m_at : m_at + _BYTES]
+            lane_bytes[_BYTES:] = payload[s_at : s_at + _BYTES]
+            block = out[base : base + BLOCK]
             for j in range(LANES):
-                at = base + j
-                m, s = masks[j], signs[j]
-                _store8(out, at, m, s, value)
-                _store8(out, at + _STRIDE, m >> np.uint32(8), s >> np.uint32(8), value)
-                _store8(out, at + 2 * _STRIDE, m >> np.uint32(16), s >> np.uint32(16), value)
-                _store8(out, at + 3 * _STRIDE, m >> np.uint32(24), s >> np.uint32(24), value)
-                votes[j] += _popcount(m)
+                m = lanes[j]
+                s = lanes[LANES + j]
+                _store8(block, j, m, s, value)
+                _store8(block, j + _STRIDE, m >> np.uint32(8), s >> np.uint32(8), value)
+                _store8(block, j + 2 * _STRIDE, m >> np.uint32(16), s >> np.uint32(16), value)
+                _store8(block, j + 3 * _STRIDE, m >> np.uint32(24), s >> np.uint32(24), value)
+            for j in range(LANES):
+                count += np.int64(_popcount(lanes[j]))
             base += BLOCK
             m_at += _BYTES
             s_at += _BYTES
@@ -212,7 +212,7 @@ def _unpack(payload, start, length, mask_at, sign_at, value, out):
             base += 8
             m_at += 1
             s_at += 1
-    return count + votes.sum()
+    return count
 
 
 def unpack(payload: Tensor, spans: Spans, value: Tensor, out: Tensor) -> Tensor:  # noqa: D103
@@ -233,70 +233,67 @@ def unpack(payload: Tensor, spans: Spans, value: Tensor, out: Tensor) -> Tensor:
 
 
 @_jit
-def _tally(payloads, body_at, num_bytes, up, down, num_places, out):
-    """Bit-sliced count, a few hundred bytes of every plane at a time.
-
-    Each worker adds ballot + 1, a two-bit number (mask and not sign; not mask), to a counter whose binary places are
-    planes themselves, so that about log2(2 W) word operations count eight components at once. Then the counter is
-    compared with the two constants `up = W + margin` and `down = W - margin`, place by place from the highest.
-    """
-    world_size = payloads.shape[0]
-    places = np.empty((num_places, _CHUNK), np.uint8)
-    high = np.empty(_CHUNK, np.uint8)
-    low = np.empty(_CHUNK, np.uint8)
-    sure_up = np.empty(_CHUNK, np.uint8)
-    sure_down = np.empty(_CHUNK, np.uint8)
-    for chunk in range(0, num_bytes, _CHUNK):
-        size = min(_CHUNK, num_bytes - chunk)
-        places[:] = 0
-        for w in range(world_size):
-            mask = payloads[w, body_at + chunk : body_at + chunk + size]
-            sign = payloads[w, body_at + num_bytes + chunk : body_at + num_bytes + chunk + size]
-            for i in range(size):
-                high[i] = mask[i] & ~sign[i]
-                low[i] = ~mask[i]
-            _add_two_bits(places, low, high, size, num_places)
-        for i in range(size):
-            sure_up[i] = 0
-            sure_down[i] = 0
-            high[i] = 255  # still equal to `up` in all higher places
-            low[i] = 255  # still equal to `down`
-        for place in range(num_places - 1, -1, -1):
-            bits = places[place]
-            if (up >> place) & 1:
-                for i in range(size):
-                    high[i] &= bits[i]
-            else:
-                for i in range(size):
-                    sure_up[i] |= high[i] & bits[i]
-                    high[i] &= ~bits[i]
-            if (down >> place) & 1:
-                for i in range(size):
-                    sure_down[i] |= low[i] & ~bits[i]
-                    low[i] &= bits[i]
-            else:
-                for i in range(size):
-                    low[i] &= ~bits[i]
-        for i in range(size):
-            negative = sure_down[i] | low[i]
-            out[chunk + i] = sure_up[i] | high[i] | negative
-            out[num_bytes + chunk + i] = negative
-
-
-@_jit
-def _add_two_bits(places, low, high, size, num_places):
+def _add_two_bits(places, high, low, num_places):
     """Add the two-bit numbers (high, low) to the counters; `low` is used up as the carry."""
-    for i in range(size):
+    for i in range(_WORDS):
         carry = places[0, i] & low[i]
         places[0, i] ^= low[i]
-        both = (high[i] & carry) | (places[1, i] & (high[i] ^ carry))
+        low[i] = (high[i] & carry) | (places[1, i] & (high[i] ^ carry))
         places[1, i] ^= high[i] ^ carry
-        low[i] = both
     for place in range(2, num_places):
-        for i in range(size):
+        for i in range(_WORDS):
             carry = places[place, i] & low[i]
             places[place, i] ^= low[i]
             low[i] = carry
+
+
+@_jit
+def _compare(places, constant, num_places, greater, equal):
+    """Find where the counters are greater than, and where they equal, a constant, from the highest place down."""
+    greater[:] = 0
+    equal[:] = _ALL
+    for place in range(num_places - 1, -1, -1):
+        if (constant >> place) & 1:
+            for i in range(_WORDS):
+                equal[i] &= places[place, i]
+        else:
+            for i in range(_WORDS):
+                greater[i] |= equal[i] & places[place, i]
+                equal[i] &= ~places[place, i]
+
+
+@_jit
+def _tally(payloads, body_at, num_bytes, up, down, num_places, out):
+    """Bit-sliced count, `_CHUNK` bytes of every plane at a time.
+
+    Each worker adds ballot + 1, a two-bit number (mask and not sign; not mask), to a counter whose binary places are
+    planes themselves, so that about log2(2 W) word operations count 64 components at once. A verdict is +1 where the
+    counter reaches `up = W + margin`, and -1 where it does not exceed `down = W - margin`.
+    """
+    places = np.empty((num_places, _WORDS), np.uint64)
+    high, low = np.zeros(_WORDS, np.uint64), np.zeros(_WORDS, np.uint64)
+    greater, equal = np.empty(_WORDS, np.uint64), np.empty(_WORDS, np.uint64)
+    mask, negative = np.empty(_WORDS, np.uint64), np.empty(_WORDS, np.uint64)
+    high_bytes, low_bytes = high.view(np.uint8), low.view(np.uint8)
+    mask_bytes, negative_bytes = mask.view(np.uint8), negative.view(np.uint8)
+    for chunk in range(0, num_bytes, _CHUNK):
+        size = min(_CHUNK, num_bytes - chunk)
+        places[:] = 0
+        for w in range(payloads.shape[0]):
+            low_bytes[:size] = payloads[w, body_at + chunk : body_at + chunk + size]
+            high_bytes[:size] = payloads[w, body_at + num_bytes + chunk : body_at + num_bytes + chunk + size]
+            for i in range(_WORDS):
+                high[i] = low[i] & ~high[i]
+                low[i] = ~low[i]
+            _add_two_bits(places, high, low, num_places)
+        _compare(places, down, num_places, greater, equal)
+        for i in range(_WORDS):
+            negative[i] = ~greater[i]
+        _compare(places, up, num_places, greater, equal)
+        for i in range(_WORDS):
+            mask[i] = greater[i] | equal[i] | negative[i]
+        out[chunk : chunk + size] = mask_bytes[:size]
+        out[num_bytes + chunk : num_bytes + chunk + size] = negative_bytes[:size]
 
 
 def tally(payloads: Tensor, body_at: int, num_bytes: int, margin: int, out: Tensor) -> None:  # noqa: D103

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -43,8 +42,8 @@ class SignOptimizer(Optimizer):
     `p = (1 - lr * weight_decay) * p - lr * lr_scale * move`.
 
     1. Every gradient of every group is searched for NaN and infinities. Where there is one, nothing moves: no
-       parameter, no average, no statistics, no decay. CPU tensors are judged on the host; elsewhere a flag on the device
-       gates every factor, and the host never waits.
+       parameter, no average, no statistics, no decay. CPU tensors are judged on the host; elsewhere a flag on the
+       device gates every factor, and the host never waits.
     2. `d = sign(grad)`, or the ballots of `grad` where the group has a confidence. With `decoupled=False`
        `weight_decay * p` is added to the gradient before the ballots are cast.
     3. The subclass updates its averages and returns the move. Averages are float32 for half-precision parameters:
@@ -86,7 +85,7 @@ class SignOptimizer(Optimizer):
     def _check_options(self, group: Group) -> None:
         """Raise a `ValueError` about the first option of `group` that cannot be used; subclasses add their own."""
         check_lr(self._label, group["lr"])
-        check_number(self._label, "weight_decay", group["weight_decay"], 0.0, math.inf, "decay is lr * it * p")
+        check_number(self._label, "weight_decay", group["weight_decay"], "a step takes lr * weight_decay * p off p")
         for name in ("decoupled", "maximize"):
             check_flag(self._label, name, group[name])
         check_confidence(self._label, group["confidence"], l2=self._adds_l2(group), voted=self._vote_state is not None)

@@ -44,10 +44,12 @@ def _in_range(value: object, low: float, high: float) -> bool:
     return not isinstance(value, bool) and isinstance(value, Real) and low <= float(value) < high
 
 
-def check_number(label: str, name: str, value: object, low: float, high: float, meaning: str) -> None:
-    """Raise a `ValueError` unless `value` is a number in [low, high)."""
-    if not _in_range(value, low, high):
-        raise ValueError(f"{label}: {name} must be in [{low:g}, {high:g}), got {value!r}: {meaning}")
+def check_number(
+    label: str, name: str, value: object, meaning: str, *, at_least: float = 0.0, below: float = math.inf
+) -> None:
+    """Raise a `ValueError` unless `value` is a number in [at_least, below)."""
+    if not _in_range(value, at_least, below):
+        raise ValueError(f"{label}: {name} must be in [{at_least:g}, {below:g}), got {value!r}: {meaning}")
 
 
 def check_flag(label: str, name: str, value: object) -> None:
@@ -92,8 +94,8 @@ def check_confidence(label: str, confidence: object, *, l2: bool, voted: bool) -
     if voted:
         raise ValueError(
             f"{label}: confidence={confidence!r} and vote_state were both given, but the gradient is then a verdict "
-            "already: whoever sees the raw gradient applies the confidence, once. Pass it to SignVoteState and leave it "
-            "out here"
+            "already: whoever sees the raw gradient applies the confidence, once. Pass it to SignVoteState and leave "
+            "it out here"
         )
     if confidence.requires_carry:
         # The carry's place is self.state[p]["carry"], beside the statistics, handed to cast_ballots with them.

@@ -20,9 +20,9 @@ class SignAdam(SignOptimizer):
     `m = b1 * m + (1 - b1) * d`, `v = b2 * v + (1 - b2) * d * d`, `p -= lr * m / (sqrt(v) + eps)`, where
     `d = sign(grad)` and `m = v = 0` before the first step (arXiv 1907.09008, Algorithm 2).
 
-    There is no bias correction, as published. Where `d` was never 0, `v = 1 - b2**k` after k steps, so that the first
-    steps are up to `1 / sqrt(1 - b2)`, about 31, times longer than later ones: warm the learning rate up, or use
-    `SignAdamPP`, which drops `v` for that reason.
+    There is no bias correction, as published. Where `d` was never 0, `v = 1 - b2**k` after k steps, so that `m` is
+    divided by about 1/31 at first and by about 1 later. As `m` starts from 0 as well, steps grow to 6.6 learning rates
+    within the first dozen and then shrink to one: warm the learning rate up, or use `SignAdamPP`, which drops `v`.
 
     Args:
         params: parameters, `model.named_parameters()` or param groups.
@@ -75,14 +75,12 @@ class SignAdam(SignOptimizer):
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)
-        check_number(
-            self._label, "eps", group["eps"], 1e-30, float("inf"), "it keeps m / (sqrt(v) + eps) from being 0/0"
-        )
+        check_number(self._label, "eps", group["eps"], "it keeps m / (sqrt(v) + eps) from being 0/0", at_least=1e-30)
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"{self._label}: betas must be two numbers in [0, 1), got {betas!r}: pass (0.9, 0.999)")
         for index, meaning in enumerate(("the decay of the average of d", "the decay of the average of d * d")):
-            check_number(self._label, f"betas[{index}]", betas[index], 0.0, 1.0, f"it is {meaning}")
+            check_number(self._label, f"betas[{index}]", betas[index], f"it is {meaning}", below=1.0)
 
     def _average_names(self, group: Group) -> tuple[str, ...]:
         del group
@@ -162,7 +160,7 @@ class SignAdamPP(SignOptimizer):
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)
-        check_number(self._label, "momentum", group["momentum"], 0.0, 1.0, "it is the decay of the average of d")
+        check_number(self._label, "momentum", group["momentum"], "it is the decay of the average of d", below=1.0)
         check_flag(self._label, "authors_code", group["authors_code"])
 
     def _adds_l2(self, group: Group) -> bool:

@@ -131,7 +131,7 @@ class Signum(SignOptimizer):
 
     def _check_options(self, group: Group) -> None:
         super()._check_options(group)
-        check_number(self._label, "momentum", group["momentum"], 0.0, 1.0, "it is the decay of the average gradient")
+        check_number(self._label, "momentum", group["momentum"], "it is the decay of the average gradient", below=1.0)
 
     def _averages_gradients(self, group: Group) -> bool:
         return bool(group["momentum"]) and group["confidence"] is None and self._vote_state is None
