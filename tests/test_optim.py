@@ -1,0 +1,914 @@
+"""Every optimizer through the same contracts; `distsign.optim_reference` says what the right numbers are."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import math
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from distsign.confidence import AdaptiveConfidence, FixedConfidence, TargetDensity
+from distsign.optim import SignAdam, SignAdamPP, SignSGD, Signum, base, tiles
+from distsign.optim.base import SignOptimizer
+from distsign.optim_reference import (
+    SignAdamPPReference,
+    SignAdamReference,
+    SignSGDReference,
+    SignumReference,
+    round_to_float32,
+)
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LR = 2.0**-7  # a power of two makes lr * move exact, and so the step the same with and without fused multiply-add
+
+# name: optimizer, options that are not defaults. All of them pass all the contracts.
+VARIANTS: dict[str, tuple[type[SignOptimizer], dict[str, Any]]] = {
+    "adam": (SignAdam, {}),
+    "adam-decay-confidence": (SignAdam, {"weight_decay": 0.125, "confidence": FixedConfidence(0.5)}),
+    "pp": (SignAdamPP, {}),
+    "pp-no-momentum": (SignAdamPP, {"momentum": 0.0}),
+    "pp-decay-maximize": (SignAdamPP, {"weight_decay": 0.1, "maximize": True}),
+    "pp-aw": (SignAdamPP, {"weight_decay": 0.1, "confidence": AdaptiveConfidence()}),
+    "pp-l2": (SignAdamPP, {"weight_decay": 0.125, "confidence": FixedConfidence(0.5), "decoupled": False}),
+    "pp-l2-maximize": (
+        SignAdamPP,
+        {"weight_decay": 0.125, "confidence": FixedConfidence(0.5), "decoupled": False, "maximize": True},
+    ),
+    "pp-target-density": (SignAdamPP, {"confidence": TargetDensity(0.2)}),
+    "pp-authors": (SignAdamPP, {"weight_decay": 0.125, "confidence": FixedConfidence(0.5), "authors_code": True}),
+    "sgd": (SignSGD, {}),
+    "sgd-decay-confidence": (SignSGD, {"weight_decay": 0.1, "confidence": FixedConfidence(0.5)}),
+    "signum": (Signum, {"momentum": 0.875}),
+    "signum-decay-maximize": (Signum, {"momentum": 0.875, "weight_decay": 0.1, "maximize": True}),
+    "signum-confidence": (Signum, {"confidence": FixedConfidence(0.5)}),
+    "signum-no-momentum": (Signum, {"momentum": 0.0}),
+}
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+every_optimizer = pytest.mark.parametrize("cls", [SignAdam, SignAdamPP, SignSGD, Signum])
+
+
+@pytest.fixture(params=["host", "device"])
+def decided_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test twice: deciding on the host, and with CPU tensors the way a GPU is treated, by gates."""
+    if request.param == "device":
+        monkeypatch.setattr(SignOptimizer, "_host_decides", staticmethod(lambda grads: False))
+    return str(request.param)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let parameters of a few dozen elements be cut and put together as large ones are."""
+    monkeypatch.setattr(base, "tile_limit", lambda device: 16)
+
+
+def make_params(dtype: torch.dtype = torch.float32, *, seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(3, 7), (), (3,), (0, 4), (17,), (2, 4, 2)]
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def set_grads(params: Iterable[nn.Parameter], step: int) -> None:
+    """Give each parameter a gradient that depends on the step alone; some of its components are zero."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        grad = torch.randn(p.shape, generator=generator)
+        p.grad = torch.where(torch.rand(p.shape, generator=generator) < 0.2, 0.0, grad).to(p.dtype)
+
+
+def build(name: str, params: Any, **more: Any) -> SignOptimizer:
+    cls, options = VARIANTS[name]
+    return cls(params, **{"lr": LR, **options, **more})  # type: ignore[arg-type]
+
+
+def train(optimizer: SignOptimizer, params: list[nn.Parameter], steps: Iterable[int]) -> None:
+    for step in steps:
+        set_grads(params, step)
+        optimizer.step()
+
+
+def bits(optimizer: SignOptimizer) -> list[Tensor]:
+    """Everything a step may change, copied."""
+    tensors = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            tensors += [
+                p.detach().clone(),
+                *(optimizer.state[p][k].clone() for k in sorted(optimizer.state.get(p, {}))),
+            ]
+    return tensors
+
+
+def assert_same(left: list[Tensor], right: list[Tensor]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def assert_alike(name: str, left: list[Tensor], right: list[Tensor]) -> None:
+    """As `assert_same`, but for SignAdam.
+
+    torch.sqrt is correctly rounded in the tail of a tensor and not always in its body, so it depends on the position.
+    """
+    if not name.startswith("adam"):
+        assert_same(left, right)
+        return
+    for a, b in zip(left, right, strict=True):
+        wide = a.dtype in (torch.float32, torch.float64)
+        torch.testing.assert_close(a, b, rtol=0, atol=(200 if wide else 8) * torch.finfo(a.dtype).eps)
+
+
+# The right numbers -----------------------------------------------------------------------------------------------
+
+
+def reference_for(optimizer: SignOptimizer, p: nn.Parameter, fl: Callable[[float], float]) -> Any:
+    (group,) = optimizer.param_groups
+    confidence = group["confidence"]
+    common: dict[str, Any] = {
+        "theta": p.detach().double().flatten().tolist(),
+        "delta": group["lr"],
+        "lambda_": group["weight_decay"],
+        "l2": not group["decoupled"] or group.get("authors_code", False),
+        "fl": fl,
+    }
+    if isinstance(confidence, FixedConfidence):
+        common["alpha"] = confidence.alpha
+    elif isinstance(confidence, AdaptiveConfidence):
+        common["alpha"] = adaptive_alpha(confidence)
+    if isinstance(optimizer, SignAdam):
+        return SignAdamReference(b1=group["betas"][0], b2=group["betas"][1], eps=group["eps"], **common)
+    if isinstance(optimizer, SignSGD):
+        return SignSGDReference(**common)
+    momentum = 0.0 if group.get("authors_code") else group["momentum"]
+    return (SignumReference if isinstance(optimizer, Signum) else SignAdamPPReference)(beta=momentum, **common)
+
+
+def adaptive_alpha(confidence: AdaptiveConfidence) -> Callable[[Iterable[float]], float]:
+    s = 0.0
+
+    def alpha(g: Iterable[float]) -> float:
+        nonlocal s
+        values = torch.tensor(list(g), dtype=torch.float64)
+        if values.any():
+            s = confidence.beta1 * s + (1 - confidence.beta1) * float(values.std(correction=0))
+        return confidence.beta2 * s
+
+    return alpha
+
+
+@pytest.mark.usefixtures("small_tiles", "decided_on")
+@pytest.mark.parametrize(
+    ("dtype", "decided_on"),
+    [*((d, "host") for d in FLOATS), (torch.float32, "device")],
+    ids=str,
+    indirect=["decided_on"],
+)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "pp-target-density"])
+def test_a_hundred_steps_equal_the_reference(name: str, dtype: torch.dtype) -> None:
+    """Bit for bit, but for SignAdam, whose vectorised square root may be off by one in the last place.
+
+    Averages and the step are float32, or float64, and a half-precision parameter is rounded once a step.
+    """
+    params = make_params(dtype)[1:5]
+    optimizer = build(name, params)
+    fl = float if dtype == torch.float64 else round_to_float32
+    references = [reference_for(optimizer, p, fl) for p in params]
+    sign = -1.0 if optimizer.param_groups[0]["maximize"] else 1.0
+    for step in range(100):
+        set_grads(params, step)
+        for p, reference in zip(params, references, strict=True):
+            reference.step((sign * p.grad.double()).flatten().tolist())
+            if dtype in (torch.float16, torch.bfloat16):
+                reference.theta = torch.tensor(reference.theta).to(dtype).tolist()
+        optimizer.step()
+    for p, reference in zip(params, references, strict=True):
+        assert_alike(name, [p.detach().flatten()], [torch.tensor(reference.theta, dtype=dtype)])
+
+
+@pytest.mark.parametrize("cls", [SignAdam, SignAdamPP, SignSGD, Signum])
+def test_published_settings_equal_the_reference(cls: type[SignOptimizer]) -> None:
+    """With lr = 1e-3 the product lr * move is inexact and may be fused with the sum: one rounding a step apart."""
+    params = make_params()
+    optimizer = cls(params, lr=1e-3, weight_decay=0.01)  # type: ignore[arg-type, call-arg]
+    references = [reference_for(optimizer, p, round_to_float32) for p in params]
+    for step in range(100):
+        set_grads(params, step)
+        for p, reference in zip(params, references, strict=True):
+            reference.step(p.grad.double().flatten().tolist())
+        optimizer.step()
+    for p, reference in zip(params, references, strict=True):
+        expected = torch.tensor(reference.theta)
+        torch.testing.assert_close(p.detach().flatten(), expected, rtol=0, atol=100 * 2.0**-23)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 5e-4])
+def test_authors_code_step_for_step(dtype: torch.dtype, momentum: float, weight_decay: float) -> None:
+    """Their step: L2 into the gradient, a threshold, a momentum buffer that is filled and not used."""
+    lr, threshold = 3e-4, 0.3
+    params, theirs = make_params(dtype), [p.detach().clone() for p in make_params(dtype)]
+    buffers: list[Tensor | None] = [None] * len(theirs)
+    optimizer = SignAdamPP(params, lr, momentum, weight_decay, confidence=FixedConfidence(threshold), authors_code=True)
+    for step in range(100):
+        set_grads(params, step)
+        for i, (p, x) in enumerate(zip(params, theirs, strict=True)):
+            d = p.grad.clone()  # type: ignore[union-attr]
+            if weight_decay != 0:
+                d.add_(x, alpha=weight_decay)
+            d = (d.abs() > threshold).to(dtype) * d.sign()
+            if momentum != 0:
+                buffer = buffers[i]
+                buffers[i] = d.clone() if buffer is None else buffer.mul_(momentum).add_(d, alpha=1 - momentum)
+            x.add_(d, alpha=-lr)
+        optimizer.step()
+    assert_same([p.detach() for p in params], theirs)
+
+
+def test_first_steps_of_sign_adam_are_long() -> None:
+    """v starts at zero and is not corrected: the step is `m / sqrt(1 - b2**k)`."""
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    for b1, first in ((0.0, 31.62), (0.9, 3.162)):
+        optimizer = SignAdam([p], lr=1.0, betas=(b1, 0.999))
+        lengths = []
+        for k in range(1, 3001):
+            before = p.item()
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            lengths.append(before - p.item())
+            if k < 50:
+                assert lengths[-1] == pytest.approx((1 - b1**k) / math.sqrt(1 - 0.999**k), rel=1e-6)
+        assert lengths[0] == pytest.approx(first, rel=1e-3)
+        assert lengths[-1] == pytest.approx(1.0, rel=3e-2)
+    assert max(lengths) == pytest.approx(6.57, rel=1e-2)
+
+
+# Steps that must not happen ----------------------------------------------------------------------------------------
+
+
+@every_variant
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_bad_number_skips_the_whole_step(name: str, bad: float, decided_on: str) -> None:
+    params = make_params()
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 2 * LR}]
+    optimizer = build(name, groups)
+    train(optimizer, params, range(3))
+    before = bits(optimizer)
+    for at in (0, -1):
+        set_grads(params, 3)
+        params[at].grad.view(-1)[-1] = bad  # type: ignore[union-attr]
+        optimizer.step()
+        assert_same(bits(optimizer), before)
+    train(optimizer, params, range(3, 6))
+    untroubled = make_params()
+    other = build(name, [{"params": untroubled[:2]}, {"params": untroubled[2:], "lr": 2 * LR}])
+    train(other, untroubled, range(6))
+    assert_same(bits(optimizer), bits(other))
+
+
+@every_variant
+def test_a_first_step_may_be_bad(name: str, decided_on: str) -> None:
+    params = make_params()
+    optimizer = build(name, params)
+    set_grads(params, 0)
+    params[0].grad.view(-1)[3] = math.nan  # type: ignore[union-attr]
+    optimizer.step()
+    train(optimizer, params, range(3))
+    untroubled = make_params()
+    other = build(name, untroubled)
+    train(other, untroubled, range(3))
+    assert_same(bits(optimizer), bits(other))
+
+
+@given(
+    st.lists(st.floats(width=16, allow_nan=True, allow_infinity=True), min_size=1, max_size=40),
+    st.sampled_from(FLOATS),
+    st.integers(1, 3),
+)
+def test_finite_is_what_isfinite_says(values: list[float], dtype: torch.dtype, num_tensors: int) -> None:
+    whole = torch.tensor(values, dtype=torch.float64).to(dtype)
+    grads = [chunk for chunk in whole.chunk(num_tensors) if chunk.numel()]
+    expected = bool(torch.isfinite(whole).all())
+    assert tiles.finite_on_host(grads) == expected
+    assert {k: bool(v) for k, v in tiles.finite_on_devices(grads).items()} == {torch.device("cpu"): expected}
+
+
+def test_finite_looks_at_every_dtype_in_its_own_range() -> None:
+    """1e300 is finite in float64, although not in the float32 beside it."""
+    grads = [torch.tensor([1e300], dtype=torch.float64), torch.ones(2), torch.tensor([65504.0], dtype=torch.float16)]
+    assert tiles.finite_on_host(grads)
+    assert all(tiles.finite_on_devices(grads).values())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_bad_number_is_found_wherever_it_is(bad: float) -> None:
+    """Vectorised reductions treat the tail apart from the body, and either may lose a NaN."""
+    for n, at in itertools.product((7, 8, 9, 63, 64, 65, 100_003), (0.0, 0.5, 1.0)):
+        grad = torch.randn(n)
+        grad[int(at * (n - 1))] = bad
+        assert not tiles.finite_on_host([grad])
+        assert not any(tiles.finite_on_devices([grad]).values())
+
+
+@every_optimizer
+def test_sparse_gradients_are_refused_before_anything_moves(cls: type[SignOptimizer]) -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    p = nn.Parameter(torch.ones(3))
+    optimizer = cls([("p", p), ("table", table.weight)], lr=0.1)  # type: ignore[arg-type, call-arg]
+    p.grad = torch.ones(3)
+    table(torch.tensor([1])).sum().backward()
+    before = bits(optimizer)
+    with pytest.raises(ValueError, match=r"sparse.*'table' of shape \(4, 2\).*sparse=False"):
+        optimizer.step()
+    assert_same(bits(optimizer), before)
+
+
+# What does not change a step ---------------------------------------------------------------------------------------
+
+
+class FakeVoteState:
+    """Stands in for `SignVoteState`: remembers the names, and scales the learning rate by what it is told."""
+
+    def __init__(self, scale: float | Tensor | Callable[[Tensor], float] = 1.0) -> None:
+        self.scale = scale
+        self.names: dict[str, Tensor] = {}
+
+    def track(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        self.names.update(named_parameters)
+
+    def lr_scale(self, param: Tensor) -> float | Tensor:
+        return self.scale(param) if callable(self.scale) else self.scale
+
+
+def named(params: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    return [(f"p{i}", p) for i, p in enumerate(params)]
+
+
+@pytest.mark.parametrize("cls", [SignAdam, SignAdamPP, SignSGD, Signum])
+@pytest.mark.parametrize("change", ["clip", "scale"])
+def test_clipping_and_scaling_do_not_change_the_step(cls: type[SignOptimizer], change: str) -> None:
+    results = []
+    for changed in (False, True):
+        params = make_params()
+        optimizer = cls(named(params), lr=LR, vote_state=FakeVoteState())  # type: ignore[call-arg, arg-type]
+        for step in range(10):
+            set_grads(params, step)
+            if changed and change == "clip":
+                torch.nn.utils.clip_grad_norm_(params, 0.01 * (1 + step))
+            elif changed:
+                for p in params:
+                    p.grad *= 2.0 ** (step - 5)  # type: ignore[operator]
+            optimizer.step()
+        results.append(bits(optimizer))
+    assert_same(*results)
+
+
+def test_signum_averages_gradients_and_not_signs() -> None:
+    """As published: one large gradient outweighs a small one after it. A known verdict has only signs to average."""
+    grads = [torch.tensor([5.0]), torch.tensor([-1.0])]
+    for vote_state, expected in ((None, 0.8), (FakeVoteState(), 1.0)):
+        p = nn.Parameter(torch.ones(1))
+        optimizer = Signum([("p", p)], lr=0.1, momentum=0.5, vote_state=vote_state)
+        for grad in grads:
+            p.grad = grad.clone()
+            optimizer.step()
+        # Of signs m is 0.5 and then -0.25, so the second step takes the first one back.
+        assert p.item() == pytest.approx(expected)
+
+
+@every_variant
+def test_gradients_are_not_changed(name: str, decided_on: str) -> None:
+    params = make_params()
+    optimizer = build(name, params)
+    set_grads(params, 0)
+    before = [p.grad.clone() for p in params]  # type: ignore[union-attr]
+    optimizer.step()
+    assert_same([p.grad for p in params], before)  # type: ignore[misc]
+
+
+@every_variant
+def test_memory_layout_does_not_change_the_step(name: str) -> None:
+    results = []
+    for fmt in (torch.contiguous_format, torch.channels_last):
+        generator = torch.Generator().manual_seed(0)
+        p = nn.Parameter(torch.randn(2, 3, 4, 5, generator=generator).to(memory_format=fmt))
+        optimizer = build(name, [p])
+        for step in range(5):
+            set_grads([p], step)
+            # Every other gradient has another layout than its parameter.
+            p.grad = p.grad.to(memory_format=fmt if step % 2 else torch.contiguous_format)  # type: ignore[union-attr]
+            optimizer.step()
+        assert p.is_contiguous(memory_format=fmt)
+        results.append(bits(optimizer))
+    assert_alike(name, *results)
+
+
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 30))
+def test_tiles_cover_every_element_once(sizes: list[int], limit: int) -> None:
+    rows = [(torch.zeros(n), torch.full((n,), float(i))) for i, n in enumerate(sizes)]
+    seen = []
+    for counts, owners in tiles.tiles(rows, limit):
+        assert sum(t.numel() for t in counts) <= 2 * limit
+        for count, owner in zip(counts, owners, strict=True):
+            count.add_(1)
+            seen += owner.tolist()
+    assert all((row[0] == 1).all() for row in rows)
+    assert sorted(seen) == sorted(value for row in rows for value in row[1].tolist())
+
+
+# Options -----------------------------------------------------------------------------------------------------------
+
+
+class CarryingConfidence(FixedConfidence):
+    requires_carry: ClassVar[bool] = True
+
+
+@every_optimizer
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr": -0.1}, r"lr .*\[0, inf\).*-0\.1"),
+        ({"lr": math.nan}, "lr .*nan"),
+        ({"lr": True}, "lr .*True"),
+        ({"lr": "fast"}, "lr .*'fast'"),
+        ({"lr": torch.ones(2)}, r"lr .*shape \(2,\)"),
+        ({"lr": torch.tensor(-1.0)}, r"lr .*-1"),
+        ({"lr": torch.tensor(1)}, r"lr .*int64"),
+        ({"weight_decay": -1.0}, r"weight_decay .*-1\.0"),
+        ({"weight_decay": None}, r"weight_decay .*None"),
+        ({"maximize": 1}, "maximize .*True or False"),
+        ({"decoupled": "no"}, "decoupled .*True or False"),
+        ({"decoupled": False}, "abstention.*l2=.*FixedConfidence"),
+        ({"confidence": 0.5}, r"confidence .*FixedConfidence.*0\.5"),
+        ({"confidence": FixedConfidence}, "confidence .*FixedConfidence"),
+        ({"confidence": CarryingConfidence(1.0)}, "requires a carry.*do not keep yet"),
+        ({"vote_state": 3}, "vote_state must be a SignVoteState, got 3"),
+        ({"vote_state": FakeVoteState()}, r"named_parameters\(\)"),
+        ({"vote_state": FakeVoteState(), "confidence": FixedConfidence(1.0)}, "once"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_one_clear_error(cls: type[SignOptimizer], options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{cls.__name__}: .*{words}"):
+        cls(make_params(), **options)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "words"),
+    [
+        (SignAdam, {"betas": (0.9, 1.0)}, r"betas\[1\] .*\[0, 1\).*1\.0"),
+        (SignAdam, {"betas": (-0.1, 0.9)}, r"betas\[0\]"),
+        (SignAdam, {"betas": 0.9}, r"betas .*\(0\.9, 0\.999\)"),
+        (SignAdam, {"betas": (0.9,)}, r"betas .*two"),
+        (SignAdam, {"eps": 0.0}, r"eps .*0/0"),
+        (SignAdamPP, {"momentum": 1.0}, r"momentum .*\[0, 1\)"),
+        (SignAdamPP, {"momentum": "a"}, r"momentum .*'a'"),
+        (SignAdamPP, {"authors_code": 1}, "authors_code .*True or False"),
+        (SignAdamPP, {"authors_code": True, "weight_decay": 0.1}, ".*abstention"),
+        (Signum, {"momentum": -0.5}, r"momentum .*-0\.5"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_one_optimizer(cls: type[SignOptimizer], options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{cls.__name__}: {words}"):
+        cls(make_params(), **options)
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.int64, torch.float8_e4m3fn], ids=str)
+def test_other_dtypes_are_refused(cls: type[SignOptimizer], dtype: torch.dtype) -> None:
+    odd = torch.zeros(3, dtype=dtype)
+    with pytest.raises(ValueError, match=rf"{dtype} for 'w' of shape \(3,\)"):
+        cls([("w", odd)])  # type: ignore[call-arg, arg-type]
+    good = nn.Parameter(torch.zeros(2))
+    optimizer = cls([good])  # type: ignore[call-arg, arg-type]
+    with pytest.raises(ValueError, match=str(dtype)):
+        optimizer.add_param_group({"params": [odd]})
+    assert [group["params"] for group in optimizer.param_groups] == [[good]]
+
+
+@every_variant
+def test_groups_have_options_of_their_own(name: str) -> None:
+    """Two groups in one optimizer step as two optimizers do."""
+    together, apart = make_params(), make_params()
+    second = {"lr": 0.25, "weight_decay": 0.5}
+    optimizer = build(name, together[:3])
+    optimizer.add_param_group({"params": together[3:], **second})
+    others = [build(name, apart[:3]), build(name, apart[3:], **second)]
+    for step in range(5):
+        set_grads(together, step)
+        set_grads(apart, step)
+        for each in (optimizer, *others):
+            each.step()
+    assert_same(bits(optimizer), [tensor for other in others for tensor in bits(other)])
+
+
+def test_a_group_may_have_a_confidence_of_its_own() -> None:
+    all_vote, none_votes = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    groups = [{"params": [all_vote]}, {"params": [none_votes], "confidence": FixedConfidence(2.0)}]
+    optimizer = SignSGD(groups, lr=1.0)
+    for p in (all_vote, none_votes):
+        p.grad = torch.ones(3)
+    optimizer.step()
+    assert all_vote.tolist() == [-1.0] * 3
+    assert none_votes.tolist() == [0.0] * 3
+
+
+@every_variant
+def test_parameters_without_gradient_or_elements_are_left_alone(name: str) -> None:
+    params = make_params()
+    optimizer = build(name, params)
+    set_grads(params, 0)
+    params[0].grad = None
+    before = params[0].detach().clone()
+    optimizer.step()
+    assert torch.equal(params[0], before)
+    assert params[0] not in optimizer.state
+    assert params[3] not in optimizer.state
+
+
+@every_variant
+def test_maximize_is_minimizing_the_negative(name: str) -> None:
+    results = []
+    for sign, maximize in ((1.0, False), (-1.0, True)):
+        params = make_params()
+        optimizer = build(name, params, maximize=maximize)
+        for step in range(5):
+            set_grads(params, step)
+            for p in params:
+                p.grad *= sign  # type: ignore[operator]
+            optimizer.step()
+        results.append(bits(optimizer))
+    assert_same(*results)
+
+
+@every_optimizer
+def test_decay_is_decoupled(cls: type[SignOptimizer]) -> None:
+    """Where nothing votes, decay alone moves a parameter, and by its own rate alone."""
+    p = nn.Parameter(torch.tensor([3.0, -2.0]))
+    optimizer = cls([p], lr=0.5, weight_decay=0.25)  # type: ignore[call-arg, arg-type]
+    p.grad = torch.zeros(2)
+    optimizer.step()
+    assert p.tolist() == [3.0 * 0.875, -2.0 * 0.875]
+
+
+def test_l2_goes_into_the_gradient_before_the_confidence() -> None:
+    p = nn.Parameter(torch.tensor([4.0, 4.0, -4.0, 0.5]))
+    optimizer = SignSGD([p], lr=1.0, weight_decay=0.5, decoupled=False, confidence=FixedConfidence(1.0))
+    p.grad = torch.tensor([0.0, -1.5, 0.0, 0.5])
+    optimizer.step()  # 2.0, 0.5, -2.0 and 0.75 against 1.0
+    assert p.tolist() == [3.0, 4.0, -3.0, 0.5]
+
+
+def test_l2_of_halves_does_not_overflow() -> None:
+    p = nn.Parameter(torch.tensor([60000.0, 1.0], dtype=torch.float16))
+    optimizer = SignAdamPP([p], lr=1.0, weight_decay=0.5, decoupled=False, confidence=AdaptiveConfidence())
+    p.grad = torch.tensor([60000.0, 0.0], dtype=torch.float16)
+    optimizer.step()
+    assert optimizer.state[p]["confidence"].isfinite().all()
+
+
+# Votes -------------------------------------------------------------------------------------------------------------
+
+
+@every_optimizer
+def test_the_vote_learns_the_names(cls: type[SignOptimizer]) -> None:
+    state = FakeVoteState()
+    params = make_params()
+    optimizer = cls(named(params[:2]), vote_state=state)  # type: ignore[call-arg, arg-type]
+    optimizer.add_param_group({"params": [("late", params[2])]})
+    assert list(state.names) == ["p0", "p1", "late"]
+    assert all(a is b for a, b in zip(state.names.values(), params, strict=False))
+    with pytest.raises(ValueError, match="without names"):
+        optimizer.add_param_group({"params": params[3:]})
+    assert len(optimizer.param_groups) == 2
+
+
+@every_optimizer
+@pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25), lambda p: 0.25], ids=["float", "tensor", "function"])
+def test_the_vote_scales_the_step_and_not_the_decay(cls: type[SignOptimizer], scale: Any, decided_on: str) -> None:
+    scaled, plain = make_params(), make_params()
+    optimizers = [
+        cls(named(scaled), lr=LR, weight_decay=0.25, vote_state=FakeVoteState(scale)),  # type: ignore[call-arg, arg-type]
+        cls(named(plain), lr=LR / 4, weight_decay=1.0, vote_state=FakeVoteState()),  # type: ignore[call-arg, arg-type]
+    ]
+    for step in range(5):
+        for params, optimizer in zip((scaled, plain), optimizers, strict=True):
+            train(optimizer, params, [step])
+    assert_same(bits(optimizers[0]), bits(optimizers[1]))
+
+
+def test_each_parameter_has_its_own_scale() -> None:
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    optimizer = SignSGD([("a", a), ("b", b)], lr=1.0, vote_state=FakeVoteState(lambda p: 0.5 if p is a else 0.25))
+    a.grad, b.grad = torch.ones(2), torch.ones(2)
+    optimizer.step()
+    assert a.tolist() == [-0.5] * 2
+    assert b.tolist() == [-0.25] * 2
+
+
+def test_an_idle_parameter_keeps_its_statistics() -> None:
+    p = nn.Parameter(torch.zeros(50))
+    optimizer = SignAdamPP([p], confidence=AdaptiveConfidence())
+    train(optimizer, [p], range(3))
+    before = optimizer.state[p]["confidence"].clone()
+    assert before.dtype == torch.float64
+    assert before.item() > 0
+    p.grad = torch.zeros(50)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["confidence"], before)
+
+
+# Living with the rest of torch -------------------------------------------------------------------------------------
+
+
+@every_optimizer
+def test_closure(cls: type[SignOptimizer]) -> None:
+    p = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = cls([p], lr=0.5)  # type: ignore[call-arg, arg-type]
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = (p * p).sum()
+        assert loss.requires_grad
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 5.0
+    assert abs(p[0].item()) < 1.0
+    assert optimizer.step() is None
+
+
+@every_variant
+def test_lr_as_a_tensor(name: str, decided_on: str) -> None:
+    results = []
+    for lr in (LR, torch.tensor(LR), torch.tensor([LR])):
+        params = make_params()
+        optimizer = build(name, params, lr=lr)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+        for step in range(6):
+            train(optimizer, params, [step])
+            scheduler.step()
+        assert float(optimizer.param_groups[0]["lr"]) == LR / 8
+        results.append(bits(optimizer))
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
+@pytest.mark.parametrize("cls", [SignAdam, SignAdamPP, Signum])
+def test_schedulers_that_cycle_momentum(cls: type[SignOptimizer]) -> None:
+    params = make_params()
+    optimizer = cls(params, lr=0.1)  # type: ignore[call-arg, arg-type]
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    seen = set()
+    for step in range(9):
+        train(optimizer, params, [step])
+        group = optimizer.param_groups[0]
+        seen.add(group["betas"][0] if cls is SignAdam else group["momentum"])
+        scheduler.step()
+    assert len(seen) > 3
+    assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize("cls", [SignAdamPP, Signum])
+def test_momentum_set_to_zero_forgets_the_average(cls: type[SignOptimizer]) -> None:
+    params = make_params()
+    optimizer = cls(params)  # type: ignore[call-arg, arg-type]
+    train(optimizer, params, [0])
+    assert optimizer.state[params[0]].keys() == {"momentum_buffer"}
+    optimizer.param_groups[0]["momentum"] = 0.0
+    train(optimizer, params, [1])
+    assert not optimizer.state[params[0]]
+
+
+def test_momentum_zero_keeps_no_state() -> None:
+    params = make_params()
+    optimizer = SignAdamPP(params, momentum=0.0, confidence=FixedConfidence(0.5), weight_decay=0.1)
+    train(optimizer, params, range(2))
+    assert not any(optimizer.state.values())
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_averages_are_wide(name: str, dtype: torch.dtype) -> None:
+    params = make_params(dtype)
+    optimizer = build(name, params)
+    train(optimizer, params, range(2))
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if key != "confidence":
+                assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+                assert value.shape == p.shape
+
+
+def test_why_averages_are_wide() -> None:
+    """In bfloat16 the average of squares would stop at a half: the step would stay 1.4 times too long for ever."""
+    v = torch.zeros(1, dtype=torch.bfloat16)
+    p = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = SignAdam([p])
+    for _ in range(3000):
+        v.mul_(0.999).add_(torch.ones(1, dtype=torch.bfloat16), alpha=0.001)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert v.item() == 0.5
+    assert optimizer.state[p]["exp_avg_sq"].item() == pytest.approx(1 - 0.999**3000, rel=1e-4)
+
+
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stop", [0, 1, 7])
+def test_resume_equals_unbroken(name: str, dtype: torch.dtype, stop: int) -> None:
+    """torch casts loaded state to the parameter's dtype, which would round the averages and the statistics."""
+    unbroken = make_params(dtype)
+    optimizer = build(name, unbroken)
+    train(optimizer, unbroken, range(stop))
+    weights = [p.detach().clone() for p in unbroken]
+    checkpoint = saved_and_loaded(optimizer.state_dict())
+    train(optimizer, unbroken, range(stop, 15))
+
+    resumed = [nn.Parameter(weight) for weight in weights]
+    other = build(name, resumed, lr=0.9)
+    other.load_state_dict(checkpoint)
+    train(other, resumed, range(stop, 15))
+    assert_same(bits(other), bits(optimizer))
+    assert saved_and_loaded(other.state_dict())["param_groups"] == checkpoint["param_groups"]
+
+
+@every_variant
+def test_a_loaded_state_is_a_copy(name: str) -> None:
+    params = make_params()
+    optimizer = build(name, params)
+    train(optimizer, params, range(2))
+    checkpoint = optimizer.state_dict()
+    before = copy.deepcopy(checkpoint["state"])
+    copied = make_params(seed=1)
+    other = build(name, copied)
+    other.load_state_dict(checkpoint)
+    train(other, copied, range(2, 4))
+    for key, entries in before.items():
+        for name_, value in entries.items():
+            assert torch.equal(checkpoint["state"][key][name_], value)
+
+
+@every_variant
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_copies_go_on_alike(name: str, how: Callable[[SignOptimizer], SignOptimizer]) -> None:
+    params = make_params(torch.bfloat16)
+    optimizer = build(name, params)
+    train(optimizer, params, range(3))
+    twin = how(optimizer)
+    twins = twin.param_groups[0]["params"]
+    assert twins[0] is not params[0]
+    train(optimizer, params, range(3, 6))
+    train(twin, twins, range(3, 6))
+    assert_same(bits(twin), bits(optimizer))
+    twin.load_state_dict(optimizer.state_dict())
+
+
+def test_hooks_of_the_user_see_what_is_loaded_and_what_was() -> None:
+    params = make_params(torch.bfloat16)
+    optimizer = SignAdamPP(params, lr=LR)
+    train(optimizer, params, range(2))
+    seen: list[Any] = []
+
+    def rename(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = {k: {"momentum_buffer": v["old_name"]} for k, v in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    checkpoint = optimizer.state_dict()
+    checkpoint["state"] = {k: {"old_name": v["momentum_buffer"]} for k, v in checkpoint["state"].items()}
+    optimizer.register_load_state_dict_pre_hook(rename)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.state[params[0]]["momentum_buffer"].dtype))
+    optimizer.register_state_dict_post_hook(lambda o, d: seen.append("confidence" in d["param_groups"][0]))
+    optimizer.load_state_dict(checkpoint)
+    optimizer.state_dict()
+    assert seen == [torch.float32, False]
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+
+
+def test_foreign_checkpoints_are_refused() -> None:
+    params = make_params()
+    optimizer = SignAdamPP(params, lr=LR)
+    train(optimizer, params, range(2))
+    before = bits(optimizer)
+
+    def refuse(checkpoint: dict[str, Any], words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            optimizer.load_state_dict(checkpoint)
+        assert_same(bits(optimizer), before)
+        assert optimizer.param_groups[0]["lr"] == LR
+        assert not optimizer._optimizer_load_state_dict_pre_hooks
+
+    refuse(torch.optim.Adam(params).state_dict(), "another optimizer")
+    refuse(SignAdamPP(params[:3]).state_dict(), r"groups of \[3\] parameters, this optimizer of \[6\]")
+    other = make_params()
+    other[0] = nn.Parameter(torch.zeros(4))
+    smaller = SignAdamPP(other)
+    train(smaller, other, [0])
+    refuse(smaller.state_dict(), "another model")
+    other = make_params()
+    adaptive = SignAdamPP(other, confidence=AdaptiveConfidence())
+    train(adaptive, other, [0])
+    refuse(adaptive.state_dict(), "another confidence")
+    wrong = optimizer.state_dict()
+    wrong["param_groups"][0]["momentum"] = 2.0
+    refuse(wrong, r"momentum must be in \[0, 1\), got 2\.0")
+
+
+@pytest.mark.parametrize("cls", [SignAdam, SignAdamPP, SignSGD, Signum])
+def test_grad_scaler(cls: type[SignOptimizer]) -> None:
+    """GradScaler unscales, skips a step that overflowed, and otherwise ours is the step it would be without."""
+    scaled, plain = make_params(), make_params()
+    optimizer, other = cls(scaled, lr=LR), cls(plain, lr=LR)  # type: ignore[call-arg, arg-type]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(6):
+        before = bits(optimizer)
+        set_grads(scaled, step)
+        scale = scaler.scale(torch.ones(()))
+        for p in scaled:
+            p.grad *= scale  # type: ignore[operator]
+        if step == 3:
+            scaled[0].grad.view(-1)[0] = math.inf  # type: ignore[union-attr]
+        if step % 2:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 3:
+            assert_same(bits(optimizer), before)
+        else:
+            train(other, plain, [step])
+    assert scaler.get_scale() == 512.0
+    assert_same(bits(optimizer), bits(other))
+
+
+@every_optimizer
+def test_it_learns(cls: type[SignOptimizer]) -> None:
+    """Least squares by a linear layer, with a cosine schedule: the loss falls to a small part of what it was."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    y = x @ torch.randn(8, 1)
+    model = nn.Linear(8, 1)
+    optimizer = cls(model.parameters(), lr=0.05)  # type: ignore[call-arg, arg-type]
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0]
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(sorted(VARIANTS)), st.integers(0, 2**31), st.integers(1, 60))
+def test_tile_size_does_not_change_the_step(name: str, seed: int, limit: int) -> None:
+    results = []
+    for tile in (limit, 10**6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(base, "tile_limit", lambda device, tile=tile: tile)
+            params = make_params(seed=seed)
+            optimizer = build(name, params)
+            train(optimizer, params, range(3))
+            results.append(bits(optimizer))
+    assert_alike(name, *results)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [name for name, (_, options) in VARIANTS.items() if "confidence" not in options])
+def test_cuda_decides_without_waiting(name: str) -> None:
+    params, expected = [nn.Parameter(p.detach().cuda()) for p in make_params()], make_params()
+    optimizer, other = build(name, params), build(name, expected)
+    for step in range(5):
+        train(other, expected, [step])
+        set_grads(expected, step)
+        for p, q in zip(params, expected, strict=True):
+            p.grad = q.grad.cuda()  # type: ignore[union-attr]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+            params[0].grad.view(-1)[0] = math.nan  # type: ignore[union-attr]
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=0, atol=1e-6)
