@@ -265,7 +265,7 @@ class Network:
 
     def pids(self) -> list[int]:
         """Return the ids of all processes inside the namespaces."""
-        return [pid for name in self._nodes for pid in _pids(name)]
+        return [pid for name in self._nodes for pid in pids_in(name)]
 
     def _check(self, node: int | str) -> int:
         if not isinstance(node, int) or not 0 <= node < self.num_nodes:
@@ -321,7 +321,8 @@ def _namespaces() -> list[str]:
     return [line.split()[0] for line in _ip("netns", "list").splitlines() if line.strip()]
 
 
-def _pids(namespace: str) -> list[int]:
+def pids_in(namespace: str) -> list[int]:
+    """Return the ids of all processes inside a namespace; none where it is gone."""
     with contextlib.suppress(LabUnavailable):  # the namespace is gone, and so are they
         return [int(pid) for pid in _ip("netns", "pids", namespace).split()]
     return []
@@ -329,7 +330,7 @@ def _pids(namespace: str) -> list[int]:
 
 def _remove_namespace(name: str) -> None:
     for _ in range(100):  # again: a process may have been starting another
-        pids = _pids(name)
+        pids = pids_in(name)
         if not pids:
             break
         kill_all(pids)

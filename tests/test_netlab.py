@@ -49,6 +49,13 @@ def is_running(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
+def none_running(pids: list[int], within_s: float = 5.0) -> bool:
+    end = time.monotonic() + within_s
+    while any(map(is_running, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(is_running, pids))
+
+
 # Rank 0 receives; every other rank sends it `size` bytes per round, waits for the answer and prints the seconds taken.
 TRANSFER = """
 import os, socket, sys, time
@@ -99,6 +106,7 @@ def lab() -> Iterator[Lab]:
     """Three nodes, to be left unshaped and idle by each test."""
     with Lab(3, prefix=PREFIX) as made:
         yield made
+    netns.remove_stale(PREFIX)  # what a failing test has left
 
 
 def seconds(lab: Lab, script: str, size: int, rounds: int = 1, pause: float = 0.05) -> list[float]:
@@ -312,11 +320,12 @@ def test_command_line_passes_output_and_exit_code_and_leaves_nothing(
 
 @needs_lab
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_interrupted_labs_are_removed_with_all_their_processes(number: signal.Signals, code: int) -> None:
+def test_interrupted_labs_are_removed_with_all_their_processes(number: signal.Signals, code: int, lab: Lab) -> None:
     before = namespaces()
+    assert len(before) == 4, "another lab with the same prefix lives meanwhile"
     started = subprocess.Popen(
         [sys.executable, "-m", "launch.netlab", "--ranks", "2", "--rate", "1gbit", "--prefix", PREFIX]
-        + ["--output", "all", "--", "sh", "-c", "echo $$; sleep 600 & wait"],
+        + ["--output", "all", "--", "sh", "-c", "setsid sleep 600 & sleep 600 & echo $$ $!; wait"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -324,18 +333,18 @@ def test_interrupted_labs_are_removed_with_all_their_processes(number: signal.Si
     )
     with started:
         assert started.stdout is not None
-        pids = [int(started.stdout.readline().split()[1]) for _ in range(2)]
-        assert len(namespaces()) == len(before) + 3
+        pids = [int(pid) for _ in range(2) for pid in started.stdout.readline().split()[1:]]
+        made = set(namespaces()) - set(before)
+        assert len(made) == 3
+        inside = {pid for name in made for pid in netns.pids_in(name)}
+        assert len(inside) == 6
+        assert set(pids) < inside
         started.send_signal(number)
         assert started.wait(20) == code
-    end = time.monotonic() + 5
-    while any(map(is_running, pids)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not any(map(is_running, pids))
-    if number == signal.SIGKILL:  # it could not clean up: the next lab does
-        left = set(namespaces()) - set(before)
-        assert len(left) == 3
-        assert set(netns.remove_stale(PREFIX)) == left, "and those of a living process stay"
+    if number == signal.SIGKILL:  # it could not clean up: the kernel ends its ranks, and the next lab the rest
+        assert none_running(pids)
+        assert set(netns.remove_stale(PREFIX)) == made
+    assert none_running(list(inside))
     assert namespaces() == before
 
 
