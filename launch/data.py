@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import os
 import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -290,13 +290,14 @@ def _install_debian_package() -> bool:
     return False
 
 
-def _reachable(host: str, port: int = 443) -> bool:
+def _reachable(url: str) -> bool:
     """Say whether a connection opens in time; looking up a name has no time limit of its own, hence the thread."""
+    parts = urlsplit(url)
     opened = threading.Event()
 
     def probe() -> None:
         try:
-            socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
+            socket.create_connection((parts.hostname or "", parts.port or 443), timeout=CONNECT_TIMEOUT_S).close()
         except OSError:
             return
         opened.set()
@@ -309,9 +310,8 @@ def _reachable(host: str, port: int = 443) -> bool:
 
 def _download(folder: Path) -> None:
     """Download the four files into `folder`; each appears there whole and checked, or not at all."""
-    host = urlsplit(PROJECT_URL).hostname or ""
-    if not _reachable(host):
-        raise DataError(f"{host} cannot be reached within {CONNECT_TIMEOUT_S:g} s")
+    if not _reachable(PROJECT_URL):
+        raise DataError(f"{urlsplit(PROJECT_URL).hostname} cannot be reached within {CONNECT_TIMEOUT_S:g} s")
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if _file_in(folder, name) is not None:
@@ -320,12 +320,18 @@ def _download(folder: Path) -> None:
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
                 raw = response.read(_LARGEST_DOWNLOAD_BYTES)
-        except urllib.error.URLError as error:
+        except (urllib.error.URLError, http.client.HTTPException) as error:
             raise DataError(f"{url}: {error}") from error
         got = hashlib.sha256(_unpack(raw, url)).hexdigest()
         if got != SHA256[name]:
             raise DataError(f"{url}: expected contents with SHA-256 {SHA256[name]}, got {got}; the file is not used")
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=name, delete=False) as partial:
-            partial.write(raw)
-        os.chmod(partial.name, 0o644)
-        os.replace(partial.name, folder / f"{name}.gz")
+        _write_at_once(folder / f"{name}.gz", raw)
+
+
+def _write_at_once(path: Path, content: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

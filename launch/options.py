@@ -48,11 +48,14 @@ class TrainOptions:
     eval_every: int | None
     checkpoint: str | None
     checkpoint_every: int | None
+    stop_after: int | None
     resume: str | None
     metrics: str | None
 
     # What may differ between a run and the one that resumes it; all else decides the numbers.
-    _OF_NO_CONSEQUENCE = frozenset({"data", "device", "checkpoint", "checkpoint_every", "resume", "metrics"})
+    _OF_NO_CONSEQUENCE = frozenset(
+        {"data", "device", "checkpoint", "checkpoint_every", "stop_after", "resume", "metrics"}
+    )
 
     def trajectory(self) -> dict[str, Any]:
         """Return the options that decide the numbers: a run can only go on with the same."""
@@ -88,8 +91,10 @@ class TrainOptions:
                 raise UsageError(f"--confidence {self.confidence}: {error}") from error
         if self.data is not None and not TASKS[self.task].uses_images:
             raise UsageError(f"--data names Fashion-MNIST's folder, task {self.task} does not use it: leave it out")
-        if self.checkpoint is None and (self.resume is not None or self.checkpoint_every is not None):
-            raise UsageError("--resume and --checkpoint-every need --checkpoint PATH")
+        if self.checkpoint is None:
+            for name in ("resume", "checkpoint_every", "stop_after"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"{_flag(name)} needs --checkpoint FILE")
 
     def _check_ranges(self) -> None:
         for name, low, high in (("lr", 0.0, float("inf")), ("momentum", 0.0, 1.0), ("bucket_cap_mb", 0.0, 1e6)):
@@ -100,7 +105,7 @@ class TrainOptions:
         for name in ("weight_decay", "l2"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{_flag(name)} must be 0 or more, got {getattr(self, name):g}")
-        for name in ("width", "batch_size", "margin", "steps", "eval_every", "checkpoint_every"):
+        for name in ("width", "batch_size", "margin", "steps", "eval_every", "checkpoint_every", "stop_after"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{_flag(name)} must be 1 or more, got {value}")
@@ -166,6 +171,9 @@ def make_parser() -> argparse.ArgumentParser:
     out.add_argument("--eval-every", type=int, metavar="STEPS", help="test and write a line; by default every epoch")
     out.add_argument("--checkpoint", metavar="FILE", help="keep the state of the run here (rank 0)")
     out.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="by default at the end only")
+    out.add_argument(
+        "--stop-after", type=int, metavar="STEPS", help="end this process early, after so many steps and a checkpoint"
+    )
     out.add_argument(
         "--resume",
         nargs="?",

@@ -19,7 +19,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if __package__ in (None, ""):
     # Started as a file: this folder's modules must not pass for top-level ones, and `launch` itself must be found.
@@ -96,38 +96,51 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, and write what was measured."""
         self._resume()
+        metrics = MetricsFile(self.options.metrics if self.ranks.is_first else None, self.progress.step)
+        metrics.write(self._first_line())
+        last_step = min(self.num_steps, self.progress.step + (self.options.stop_after or self.num_steps))
+        measured = self._train_until(last_step, metrics)
+        if last_step < self.num_steps:
+            self._say(f"stopped after step {last_step} of {self.num_steps}: go on with --resume")
+            return
+        measured = measured or self._measure()
+        metrics.write({"event": "end", **measured, "ranks": self._traffic_of_ranks()})
+        self._say(f"{self.task.metric} {measured[self.task.metric]:.4f} after {self.num_steps} steps")
+
+    def _train_until(self, last_step: int, metrics: MetricsFile) -> dict[str, Any]:
+        """Train, test and save; return the last test's numbers, empty where there was none."""
         options = self.options
         eval_every = options.eval_every or max(1, min(self.steps_per_epoch, self.num_steps))
-        metrics = MetricsFile(options.metrics if self.ranks.is_first else None, self.progress.step)
-        metrics.write(self._first_line())
-        # A terminal gets a bar that moves, a log a line now and then.
-        every_s = 0.2 if sys.stderr.isatty() else 10.0
-        with tqdm(
-            total=self.num_steps,
-            initial=self.progress.step,
-            desc=f"{options.optimizer}, {options.hook}",
-            unit="step",
-            mininterval=every_s,
-            maxinterval=max(10.0, every_s),
-            disable=not self.ranks.is_first,
-        ) as bar:
-            measured: dict[str, Any] = {}
-            while self.progress.step < self.num_steps:
+        measured: dict[str, Any] = {}
+        with self._bar() as bar:
+            while self.progress.step < last_step:
                 self._train_step()
-                bar.update()
                 step = self.progress.step
+                bar.update()
                 if step % eval_every == 0 or step == self.num_steps:
                     measured = self._measure()
                     metrics.write({"event": "test", **measured})
                     bar.set_postfix({self.task.metric: f"{measured[self.task.metric]:.4f}"})
-                if options.checkpoint and (
-                    step == self.num_steps or (options.checkpoint_every and step % options.checkpoint_every == 0)
-                ):
+                if options.checkpoint and (step == last_step or step % (options.checkpoint_every or last_step) == 0):
                     self._save()
-        measured = measured or self._measure()
-        metrics.write({"event": "end", **measured, "ranks": self._traffic_of_ranks()})
+        return measured
+
+    def _bar(self) -> tqdm[NoReturn]:
+        # A terminal gets a bar that moves, a log a line now and then.
+        every_s = 0.2 if sys.stderr.isatty() else 10.0
+        return tqdm(
+            total=self.num_steps,
+            initial=self.progress.step,
+            desc=f"{self.options.optimizer}, {self.options.hook}",
+            unit="step",
+            mininterval=every_s,
+            maxinterval=max(10.0, every_s),
+            disable=not self.ranks.is_first,
+        )
+
+    def _say(self, text: str) -> None:
         if self.ranks.is_first:
-            print(f"{self.task.metric} {measured[self.task.metric]:.4f} after {self.num_steps} steps", flush=True)
+            print(text, flush=True)
 
     def _num_steps(self) -> int:
         if self.steps_per_epoch == 0:
