@@ -7,11 +7,23 @@
 """
 
 from distsign.confidence import AdaptiveConfidence, Confidence, FixedConfidence, TargetDensity
+from distsign.hook import SignVoteState, sign_vote_hook
+from distsign.optim import SignAdam, SignAdamPP, SignSGD, Signum
+from distsign.registry import VoteError
+from distsign.traffic import Traffic
 
 __all__ = [
     "AdaptiveConfidence",
     "Confidence",
     "FixedConfidence",
+    "SignAdam",
+    "SignAdamPP",
+    "SignSGD",
+    "SignVoteState",
+    "Signum",
     "TargetDensity",
+    "Traffic",
+    "VoteError",
+    "sign_vote_hook",
 ]
 __version__ = "0.1.0"

@@ -1,0 +1,41 @@
+"""Do all ranks want the same? Compared once, before the first exchange, because a difference would end in a hang."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+__all__ = ["require_agreement"]
+
+
+def require_agreement(options: Sequence[Mapping[str, object]]) -> None:
+    """Raise unless all ranks have the same options.
+
+    Args:
+        options: per rank, names and values, the values comparable with `==`.
+
+    Raises:
+        ValueError: naming each option that differs, with the ranks and their values.
+
+    Example:
+        >>> require_agreement([{"margin": 1}, {"margin": 2}, {"margin": 1}])
+        Traceback (most recent call last):
+        ...
+        ValueError: the ranks' options differ: margin is 1 on ranks 0 and 2, but 2 on rank 1. Start all ranks with the same ones
+    """
+    names = list(dict.fromkeys(name for rank in options for name in rank))
+    differences = []
+    for name in names:
+        ranks_by_value: dict[str, list[int]] = {}
+        for rank, values in enumerate(options):
+            ranks_by_value.setdefault(repr(values[name]) if name in values else "missing", []).append(rank)
+        if len(ranks_by_value) > 1:
+            said = [f"{value} on {_ranks(ranks)}" for value, ranks in ranks_by_value.items()]
+            differences.append(f"{name} is {', but '.join(said)}")
+    if differences:
+        raise ValueError(f"the ranks' options differ: {'; '.join(differences)}. Start all ranks with the same ones")
+
+
+def _ranks(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"

@@ -1,0 +1,315 @@
+"""The only file that calls a collective.
+
+`VoteExchange` carries ballots to the owners and verdicts back, and counts every byte where the collective is called.
+On CPU it runs on one `ExchangeThread`: a second collective started and awaited inside a `Future.then` callback hangs on
+Gloo, and on the default group it would race with DDP's own collectives (measured facts in DESIGN.md). On CUDA the same
+code is enqueued on a side stream and the host waits for nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distsign.kernels import Kernels
+from distsign.layout import Layout
+from distsign.traffic import ExchangeBytes
+from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header, PayloadError
+
+__all__ = ["EXCHANGES", "ExchangeThread", "VoteExchange", "payload_headers"]
+
+EXCHANGES = ("two_phase", "all_gather")
+T = TypeVar("T")
+
+
+def payload_headers(layout: Layout, device: torch.device, *, verdict: bool = False, poison: bool = False) -> Tensor:
+    """Return a buffer of this layout that is zero but for its headers, uint8 `[buffer_bytes]`."""
+    buffer = torch.zeros(layout.buffer_bytes, dtype=torch.uint8)
+    for offset, num_elements in zip(layout.offsets, layout.owned_elements, strict=True):
+        header = Header(Codec.PLANES, num_elements, verdict=verdict, poison=poison).encode()
+        buffer[offset : offset + HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    return buffer.to(device)
+
+
+class VoteExchange:
+    """A vote among the ranks of a process group of its own.
+
+    Args:
+        process_group: whose ranks vote; None is the default group. Without an initialised process group, or in a group
+            of one, there is one voter and nothing travels.
+        kind: `"two_phase"` (bytes per rank flat in the number of ranks) or `"all_gather"` (each rank counts all ballots
+            itself, so that no owner needs to be trusted).
+
+    Attributes:
+        rank: this rank's number in the group.
+        world_size: number of voters.
+        counted: payload bytes sent and received so far.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None, kind: str) -> None:
+        self.kind = kind
+        self.counted = ExchangeBytes()
+        self.group: dist.ProcessGroup | None = None
+        self.rank, self.world_size = 0, 1
+        # On CUDA a header that does not fit is found without waiting for the device; it poisons the step at once and is
+        # reported by `raise_if_mismatched`.
+        self._mismatch: Tensor | None = None
+        if dist.is_available() and dist.is_initialized():
+            parent = process_group or dist.group.WORLD
+            assert parent is not None
+            self.rank, self.world_size = dist.get_rank(parent), dist.get_world_size(parent)
+            if self.world_size > 1:
+                self.group = dist.new_group(
+                    dist.get_process_group_ranks(parent),
+                    timeout=_timeout_of(parent),
+                    backend=dist.get_backend(parent),
+                    use_local_synchronization=True,
+                )
+
+    def describe(self) -> str:
+        """Return the voters in words, for errors."""
+        ranks = dist.get_process_group_ranks(self.group) if self.group is not None else [0]
+        return f"rank {self.rank} of {self.world_size} (global ranks {ranks})"
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's `value`, in order of rank. Blocks."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast(self, value: T, source: int) -> T:
+        """Return what rank `source` of this group gave, a nest of dicts, lists and tuples with tensors in it. Blocks.
+
+        Only the nest is pickled; tensors travel as tensors, and arrive on the kind of device that they lay on.
+        """
+        if self.group is None:
+            return value
+        tensors: list[Tensor] = []
+        nest = _take_tensors(value, tensors) if self.rank == source else None
+        box = [(nest, [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors])]
+        sender = dist.get_global_rank(self.group, source)
+        dist.broadcast_object_list(box, sender, group=self.group)
+        nest, kinds = box[0]
+        if self.rank != source:
+            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
+        for tensor in tensors:
+            dist.broadcast(tensor, sender, group=self.group)
+        return value if self.rank == source else _put_tensors(nest, tensors)
+
+    def vote(self, layout: Layout, ballots: Tensor, margin: int, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        """Exchange ballots for verdicts.
+
+        Two phases:
+        1. all-to-all: this rank's ballots on each shard go to its owner, which checks the headers;
+        2. the owner tallies them, and its verdicts go to all ranks.
+
+        Args:
+            layout: the group's layout.
+            ballots: uint8 `[layout.buffer_bytes]`, payloads for all owners.
+            margin: least lead.
+            kernels: backend of the buffer's device.
+
+        Returns:
+            `(verdicts, poisoned)`: uint8 in the same layout, and a bool scalar tensor, True if any rank sent poison.
+
+        Raises:
+            PayloadError: if a payload is not what this rank expects.
+        """
+        if self.kind == "all_gather":
+            return self._all_gather(layout, ballots, margin, kernels)
+        own = layout.sizes[self.rank]
+        received = self._all_to_all(ballots, list(layout.sizes), [own] * self.world_size).view(self.world_size, own)
+        expected = Header(Codec.PLANES, layout.owned_elements[self.rank])
+        poisoned = self._check(received[:, :HEADER_BYTES], [expected] * self.world_size)
+        verdict = torch.empty(own, dtype=torch.uint8, device=ballots.device)
+        self._tally(received, layout, self.rank, 0, margin, poisoned, verdict, kernels)
+        verdicts = self._all_to_all(verdict.repeat(self.world_size), [own] * self.world_size, list(layout.sizes))
+        rows = torch.stack([verdicts[at : at + HEADER_BYTES] for at in layout.offsets])
+        headers = [Header(Codec.PLANES, n, verdict=True) for n in layout.owned_elements]
+        return verdicts, self._check(rows, headers)
+
+    def _all_gather(
+        self, layout: Layout, ballots: Tensor, margin: int, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        total = layout.buffer_bytes
+        received = torch.empty(self.world_size, total, dtype=torch.uint8, device=ballots.device)
+        if self.group is None:
+            received[0] = ballots
+        else:
+            # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
+            all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            all_gather(received.view(-1), ballots, group=self.group)
+        others = (self.world_size - 1) * total
+        self.counted += ExchangeBytes(others, others)
+        rows = torch.cat([received[:, at : at + HEADER_BYTES] for at in layout.offsets])
+        headers = [Header(Codec.PLANES, n) for n in layout.owned_elements for _ in range(self.world_size)]
+        poisoned = self._check(rows, headers)
+        verdicts = torch.empty(total, dtype=torch.uint8, device=ballots.device)
+        for owner, at in enumerate(layout.offsets):
+            verdict = verdicts[at : at + layout.sizes[owner]]
+            self._tally(received, layout, owner, at, margin, poisoned, verdict, kernels)
+        return verdicts, poisoned
+
+    def _tally(
+        self,
+        received: Tensor,
+        layout: Layout,
+        owner: int,
+        at: int,
+        margin: int,
+        poisoned: Tensor,
+        verdict: Tensor,
+        kernels: Kernels,
+    ) -> None:
+        header = Header(Codec.PLANES, layout.owned_elements[owner], verdict=True).encode()
+        verdict[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        verdict[POISON_BYTE] |= poisoned.to(torch.uint8) * POISON_FLAG
+        kernels.tally(received, at + HEADER_BYTES, layout.plane_bytes(owner), margin, verdict[HEADER_BYTES:])
+
+    def _all_to_all(self, source: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Send `send[k]` bytes to rank k and receive `receive[k]` from it."""
+        if self.group is None:
+            return source
+        target = torch.empty(sum(receive), dtype=torch.uint8, device=source.device)
+        dist.all_to_all_single(target, source, receive, send, group=self.group)
+        self.counted += ExchangeBytes(sum(send) - send[self.rank], sum(receive) - receive[self.rank])
+        return target
+
+    def _check(self, rows: Tensor, expected: list[Header]) -> Tensor:
+        """Hold each header against the expected one; return whether any carries poison.
+
+        Rows come in order of the sender, `world_size` of them or a multiple.
+        """
+        poisoned = ((rows[:, POISON_BYTE] & POISON_FLAG) != 0).any()
+        if rows.device.type == "cpu":
+            for k, header in enumerate(expected):
+                Header.expect(
+                    bytes(rows[k].tolist()), header, sender=k % self.world_size, receiver=self.rank
+                )
+            return poisoned
+        want = torch.tensor([list(header.encode()) for header in expected], dtype=torch.uint8, device=rows.device)
+        keep = torch.full((HEADER_BYTES,), 255, dtype=torch.uint8, device=rows.device)
+        keep[POISON_BYTE] = 255 - POISON_FLAG
+        bad = (((rows ^ want) & keep) != 0).any()
+        self._mismatch = bad if self._mismatch is None else self._mismatch | bad
+        return poisoned | bad
+
+    def raise_if_mismatched(self) -> None:
+        """Raise what a header check on CUDA has found since. Waits for the device.
+
+        Raises:
+            PayloadError: if any payload so far was not what this rank expected.
+        """
+        if self._mismatch is not None and bool(self._mismatch):
+            raise PayloadError(
+                f"a payload that reached {self.describe()} had a header other than expected; that step was poisoned on "
+                "all ranks. The ranks do not train the same model with the same options"
+            )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands in a nest for a tensor that travels apart."""
+
+    index: int
+
+
+def _take_tensors(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors.append(value.detach().contiguous())
+        return _Place(len(tensors) - 1)
+    if isinstance(value, dict):
+        return {key: _take_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_take_tensors(item, tensors) for item in value])
+    return value
+
+
+def _put_tensors(nest: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(nest, _Place):
+        return tensors[nest.index]
+    if isinstance(nest, dict):
+        return {key: _put_tensors(item, tensors) for key, item in nest.items()}
+    if isinstance(nest, (list, tuple)):
+        return type(nest)([_put_tensors(item, tensors) for item in nest])
+    return nest
+
+
+def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """Return the group's timeout: what a user set on it must hold for our group too."""
+    for device_type in ("cpu", "cuda"):
+        try:
+            options = group._get_backend(torch.device(device_type)).options
+        except (RuntimeError, AttributeError):
+            continue
+        timeout = getattr(options, "_timeout", None)
+        if timeout is not None:
+            return timeout  # type: ignore[no-any-return]
+    return None
+
+
+class ExchangeThread:
+    """Run jobs one after the other on a thread of its own, in the order in which they were submitted.
+
+    A job must not raise. The thread starts with the first job and ends with `close`, or with the process.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._idle = threading.Condition()
+        self._num_open = 0
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Queue a job; does not block."""
+        with self._idle:
+            self._num_open += 1
+        if self._thread is None:
+            # The thread must hold no reference to the owner, or an abandoned state would never be freed.
+            self._thread = threading.Thread(
+                target=_serve, args=(self._jobs, weakref.ref(self)), name=self._name, daemon=True
+            )
+            self._thread.start()
+        self._jobs.put(job)
+
+    def wait(self) -> None:
+        """Block until all submitted jobs are done."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._num_open == 0)
+
+    def close(self) -> None:
+        """End the thread after the jobs that are queued."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _done(self) -> None:
+        with self._idle:
+            self._num_open -= 1
+            self._idle.notify_all()
+
+    def __del__(self) -> None:
+        self._jobs.put(None)
+
+
+def _serve(jobs: SimpleQueue[Callable[[], None] | None], owner: weakref.ref[ExchangeThread]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # it holds a bucket
+        thread = owner()
+        if thread is not None:
+            thread._done()
+        del thread

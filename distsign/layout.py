@@ -1,0 +1,148 @@
+"""Who counts what, and where it lies in a payload: from the shapes alone, so that all ranks and the simulator agree.
+
+Each parameter is cut into `world_size` fixed shards, one an owner; a small parameter is owned whole. Owner and place in
+the parameter do not depend on the bucket, because DDP rebuilds its buckets after the first step, and an owner's memory
+of undecided votes must survive that (DESIGN.md, rules of the vote).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distsign.kernels.spans import Spans, plane_bytes
+from distsign.wire.header import HEADER_BYTES
+
+__all__ = ["Layout", "Shape", "shards"]
+
+_SMALL_ELEMENTS = 1024
+_SMALL_SHARD = 32
+_ALIGN = 32
+"""Shards begin at multiples of this, so that no plane but a parameter's last ends inside a word."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One parameter as the layout sees it.
+
+    Args:
+        index: place of the parameter in the model's order, the same on every rank; decides who owns a small one.
+        num_elements: its size.
+    """
+
+    index: int
+    num_elements: int
+
+
+def shards(shape: Shape, world_size: int) -> list[tuple[int, int, int]]:
+    """Return `(owner, start, stop)` for each piece of a parameter, in order, together covering it once.
+
+    Parameters below 1024 elements, or below 32 elements a rank, belong whole to rank `index % world_size`; larger ones
+    are cut into `world_size` pieces that differ by at most 32 elements.
+
+    Example:
+        >>> shards(Shape(index=5, num_elements=10), world_size=4)
+        [(1, 0, 10)]
+        >>> shards(Shape(index=0, num_elements=4000), world_size=4)
+        [(0, 0, 992), (1, 992, 1984), (2, 1984, 2976), (3, 2976, 4000)]
+    """
+    n = shape.num_elements
+    if world_size == 1 or n < max(_SMALL_ELEMENTS, _SMALL_SHARD * world_size):
+        return [(shape.index % world_size, 0, n)]
+    cuts = [k * n // world_size // _ALIGN * _ALIGN for k in range(world_size)] + [n]
+    return [(k, cuts[k], cuts[k + 1]) for k in range(world_size)]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The payloads of one exchange group: one or more buckets that travel together.
+
+    A group's buffer holds one payload for each owner, one after the other: header, mask planes of all the owner's
+    pieces, sign planes of the same. Ballots on their way to the owners and verdicts on their way back have the same
+    layout.
+
+    Attributes:
+        params: per bucket, its parameters as spans of the bucket's flat gradient; rows count through the group.
+        pieces: per bucket, its shards as spans with their places in the buffer.
+        offsets: per owner, first byte of its payload in the buffer.
+        sizes: per owner, bytes of its payload.
+        owned_elements: per owner, elements it counts.
+        num_elements: of the whole group.
+        lengths: elements of each row (parameter).
+    """
+
+    params: tuple[Spans, ...]
+    pieces: tuple[Spans, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    owned_elements: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the whole group."""
+        return sum(self.lengths)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the payloads to all owners together."""
+        return sum(self.sizes)
+
+    def plane_bytes(self, owner: int) -> int:
+        """Bytes of the mask planes in one owner's payload, which those of the sign planes equal."""
+        return (self.sizes[owner] - HEADER_BYTES) // 2
+
+    @classmethod
+    def build(cls, buckets: Sequence[Sequence[Shape]], world_size: int) -> Layout:
+        """Lay out a group of buckets.
+
+        Args:
+            buckets: the parameters of each bucket in the order in which they lie in its flat gradient.
+            world_size: number of owners.
+        """
+        rows: list[list[tuple[int, int, int, int]]] = []  # per bucket: start in the bucket, length, row, owner
+        row = 0
+        for bucket in buckets:
+            start = 0
+            rows.append([])
+            for shape in bucket:
+                rows[-1] += [(start + a, b - a, row, owner) for owner, a, b in shards(shape, world_size)]
+                start += shape.num_elements
+                row += 1
+        planes, elements = [0] * world_size, [0] * world_size
+        places: list[list[int]] = []  # per bucket and piece: byte in its owner's mask planes
+        for pieces in rows:
+            places.append([])
+            for _, length, _, owner in pieces:
+                places[-1].append(planes[owner])
+                planes[owner] += plane_bytes(length)
+                elements[owner] += length
+        sizes = [HEADER_BYTES + 2 * num_bytes for num_bytes in planes]
+        offsets = [sum(sizes[:k]) for k in range(world_size)]
+        return cls(
+            params=tuple(_params(buckets)),
+            pieces=tuple(
+                _pieces(pieces, place, offsets, planes) for pieces, place in zip(rows, places, strict=True)
+            ),
+            offsets=tuple(offsets),
+            sizes=tuple(sizes),
+            owned_elements=tuple(elements),
+            lengths=tuple(shape.num_elements for bucket in buckets for shape in bucket),
+        )
+
+
+def _params(buckets: Sequence[Sequence[Shape]]) -> list[Spans]:
+    return [Spans.whole([shape.num_elements for shape in bucket]) for bucket in buckets]
+
+
+def _pieces(
+    pieces: list[tuple[int, int, int, int]], places: list[int], offsets: list[int], planes: list[int]
+) -> Spans:
+    table = np.asarray(pieces, dtype=np.int64).reshape(-1, 4)
+    owner = table[:, 3]
+    mask_at = np.asarray(offsets, dtype=np.int64)[owner] + HEADER_BYTES + np.asarray(places, dtype=np.int64)
+    sign_at = mask_at + np.asarray(planes, dtype=np.int64)[owner]
+    start, length, row = (np.ascontiguousarray(column) for column in table.T[:3])
+    return Spans(start, length, row, mask_at, sign_at)

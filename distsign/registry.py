@@ -1,0 +1,108 @@
+"""Which parameters the hook has seen, their names, and whether their `.grad` still holds a verdict."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from functools import partial
+
+from torch import Tensor
+
+__all__ = ["ParameterRegistry", "VoteError"]
+
+
+class VoteError(RuntimeError):
+    """A vote could not be held, or its result was used in a way that would train something else."""
+
+
+class ParameterRegistry:
+    """Give each parameter a row, for as long as the process lives, whatever bucket it lies in.
+
+    Rows follow the order of `track`, or else the order in which DDP first shows the parameters; both are the same on all
+    ranks, and the same again when a run is resumed.
+    """
+
+    def __init__(self) -> None:
+        self._parameters: list[Tensor] = []
+        self._row_by_id: dict[int, int] = {}
+        self._name_by_row: dict[int, str] = {}
+        self._guarded: set[int] = set()
+        self._holds_verdict: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def track(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Name parameters; those that need no gradient are left out.
+
+        Raises:
+            ValueError: if two different parameters have one name.
+        """
+        for name, parameter in named_parameters:
+            if not parameter.requires_grad:
+                continue
+            row = self._row(parameter)
+            other = next((r for r, n in self._name_by_row.items() if n == name and r != row), None)
+            if other is not None:
+                raise ValueError(
+                    f"two parameters are named {name!r}: track the parameters of one model, "
+                    "`state.track(model.named_parameters())`, and use one state a model"
+                )
+            self._name_by_row[row] = name
+
+    def names(self) -> dict[str, int]:
+        """Return the row of each name.
+
+        Raises:
+            ValueError: if a parameter has no name, or none is known.
+        """
+        if len(self._name_by_row) < len(self._parameters) or not self._parameters:
+            raise ValueError(
+                f"{len(self._parameters) - len(self._name_by_row) or 'all'} parameters of this SignVoteState have no name "
+                "to be filed under: pass vote_state=state to the optimizer together with model.named_parameters(), or "
+                "call state.track(model.named_parameters())"
+            )
+        return {name: row for row, name in self._name_by_row.items()}
+
+    def num_elements(self, row: int) -> int:
+        """Return the size of the parameter in a row."""
+        return self._parameters[row].numel()
+
+    def see(self, parameter: Tensor) -> int:
+        """Return the row of a parameter that DDP exchanges, and watch its `.grad` from now on."""
+        row = self._row(parameter)
+        if row not in self._guarded:
+            self._guarded.add(row)
+            # The parameter keeps its hooks alive, so they must not keep the registry and through it the parameter.
+            parameter.register_hook(partial(_before_accumulation, weakref.ref(self), row))
+        return row
+
+    def mark_verdicts(self, rows: Iterable[int]) -> None:
+        """Say that the `.grad` of these parameters holds a verdict, until it is set to None or to zero."""
+        self._holds_verdict.update(rows)
+
+    def _row(self, parameter: Tensor) -> int:
+        row = self._row_by_id.setdefault(id(parameter), len(self._parameters))
+        if row == len(self._parameters):
+            self._parameters.append(parameter)
+        return row
+
+    def _check_accumulation(self, row: int) -> None:
+        """Refuse to add a gradient to a verdict, which would be neither; called just before autograd adds."""
+        if row in self._holds_verdict:
+            gradient = self._parameters[row].grad
+            if gradient is not None and bool(gradient.any()):
+                name = self._name_by_row.get(row, f"number {row}")
+                raise VoteError(
+                    f"a second backward reached parameter {name}, whose .grad still holds the last vote's verdict: their "
+                    "sum would be neither. Call optimizer.zero_grad() after each step, and to accumulate gradients run "
+                    "all but the last backward under model.no_sync()"
+                )
+            self._holds_verdict.discard(row)
+
+
+def _before_accumulation(registry: weakref.ref[ParameterRegistry], row: int, gradient: Tensor) -> None:
+    del gradient
+    alive = registry()
+    if alive is not None:
+        alive._check_accumulation(row)

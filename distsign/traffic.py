@@ -1,0 +1,107 @@
+"""Bytes per rank, from shapes alone: what the hook's counters are held to and what the simulator predicts with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distsign.layout import Layout, Shape
+
+__all__ = ["ExchangeBytes", "Traffic", "exchange_bytes", "ring_all_reduce_bytes", "step_bytes"]
+
+
+@dataclass(frozen=True)
+class ExchangeBytes:
+    """What one rank puts on the wire and takes from it.
+
+    Args:
+        sent_bytes: to other ranks; what a rank hands to itself is not on the wire.
+        received_bytes: from other ranks.
+    """
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    def __add__(self, other: ExchangeBytes) -> ExchangeBytes:
+        return ExchangeBytes(self.sent_bytes + other.sent_bytes, self.received_bytes + other.received_bytes)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What `SignVoteState.traffic()` reports of one rank, over all steps so far.
+
+    Args:
+        sent_bytes: payload bytes to other ranks, counted where the collective is called.
+        received_bytes: payload bytes from other ranks, likewise.
+        fp32_bytes: sent + received bytes of a ring all-reduce of the same elements in fp32.
+        bf16_bytes: the same in bf16 (or fp16).
+        num_steps: backward passes that exchanged gradients, poisoned ones included.
+        num_poisoned_steps: those of them in which some rank's gradient held a NaN or an infinity.
+        ballot_density: share of this rank's ballots that are not 0, over the steps that were not poisoned.
+        verdict_density: share of the verdicts that are not 0, likewise.
+    """
+
+    sent_bytes: int
+    received_bytes: int
+    fp32_bytes: int
+    bf16_bytes: int
+    num_steps: int
+    num_poisoned_steps: int
+    ballot_density: float
+    verdict_density: float
+
+
+def ring_all_reduce_bytes(num_elements: int, bytes_per_element: int, world_size: int) -> int:
+    """Return the bytes that one rank sends and receives, added up, in a ring all-reduce.
+
+    A rank sends `2 * (world_size - 1)` chunks of `num_elements / world_size` elements and receives as many (reduce-
+    scatter, then all-gather); where the chunks are uneven, this is the mean over the ranks, rounded down.
+
+    Example:
+        >>> ring_all_reduce_bytes(1000, bytes_per_element=4, world_size=4)
+        12000
+    """
+    return 4 * num_elements * bytes_per_element * (world_size - 1) // world_size
+
+
+def exchange_bytes(sizes: Sequence[int], rank: int, exchange: str = "two_phase") -> ExchangeBytes:
+    """Return what one rank sends and receives in one exchange of payloads.
+
+    Two phases: ballots to each other owner, this rank's verdicts to each other rank; and ballots on this rank's shard
+    from each other rank, verdicts from each other owner. All-gather: all ballots to each other rank, and theirs here.
+
+    Args:
+        sizes: per owner, bytes of its payload, header included.
+        rank: the rank in question.
+        exchange: `"two_phase"` or `"all_gather"`.
+
+    Example:
+        >>> exchange_bytes([108, 108, 58], rank=2)
+        ExchangeBytes(sent_bytes=332, received_bytes=332)
+    """
+    others = len(sizes) - 1
+    if exchange == "all_gather":
+        return ExchangeBytes(others * sum(sizes), others * sum(sizes))
+    both = sum(sizes) - sizes[rank] + others * sizes[rank]
+    return ExchangeBytes(both, both)
+
+
+def step_bytes(
+    groups: Sequence[Sequence[Shape]], world_size: int, rank: int, exchange: str = "two_phase"
+) -> ExchangeBytes:
+    """Return what one rank sends and receives in one training step with planes.
+
+    Args:
+        groups: the parameters of each exchange group.
+        world_size: number of ranks.
+        rank: the rank in question.
+        exchange: `"two_phase"` or `"all_gather"`.
+
+    Example:
+        >>> step_bytes([[Shape(0, 4096), Shape(1, 10)]], world_size=4, rank=0)
+        ExchangeBytes(sent_bytes=1588, received_bytes=1588)
+    """
+    total = ExchangeBytes()
+    for group in groups:
+        total += exchange_bytes(Layout.build([group], world_size).sizes, rank, exchange)
+    return total
