@@ -34,7 +34,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from launch.netns import INTERFACE, Counters, LabUnavailable, Network, node_address
+from launch.netns import BURST_S, INTERFACE, Counters, LabUnavailable, Network, node_address
 from launch.netrun import Job, LabTimeout, Output, RankProcess, output_tail
 
 MASTER_PORT = 29500
@@ -48,8 +48,10 @@ class Lab(Network):
     ...     lab.counters()[0].tx_bytes
     """
 
-    def __init__(self, num_nodes: int, rate: str = "none", *, prefix: str = "distsign-lab") -> None:
-        super().__init__(num_nodes, rate, prefix=prefix)
+    def __init__(
+        self, num_nodes: int, rate: str = "none", *, burst_s: float = BURST_S, prefix: str = "distsign-lab"
+    ) -> None:
+        super().__init__(num_nodes, rate, burst_s=burst_s, prefix=prefix)
         self._num_jobs = 0
         self._jobs: list[Job] = []
 
@@ -166,6 +168,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, required=True, help="number of ranks")
     parser.add_argument("--ranks-per-node", type=int, default=1, help="ranks that share a node and its link (1)")
     parser.add_argument("--rate", default="none", help="rate of each link, such as 50mbit or 1gbit; none: not shaped")
+    burst_help = f"milliseconds at the full rate that pass unshaped after a pause ({BURST_S * 1e3:g})"
+    parser.add_argument("--burst-ms", type=float, default=BURST_S * 1e3, metavar="MS", help=burst_help)
     parser.add_argument("--deadline", type=float, metavar="S", help="seconds after which all ranks are ended")
     parser.add_argument("--output", choices=("rank0", "all"), default="rank0", help="whose output is shown (rank0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, exit code and counters there")
@@ -188,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(sys.argv[1:] if argv is None else argv)
     begin = time.monotonic()
     try:
-        with Lab(args.ranks // args.ranks_per_node, args.rate, prefix=args.prefix) as lab:
+        num_nodes = args.ranks // args.ranks_per_node
+        with Lab(num_nodes, args.rate, burst_s=args.burst_ms / 1e3, prefix=args.prefix) as lab:
             before = lab.counters()
             job = lab.start(args.command, ranks_per_node=args.ranks_per_node, output=args.output)
             begin = time.monotonic()
@@ -236,6 +241,7 @@ def _write_json(
         "ranks": args.ranks,
         "ranks_per_node": args.ranks_per_node,
         "rate": args.rate,
+        "burst_s": args.burst_ms / 1e3,
         "exit_code": code,
         "wall_s": wall_s,
         "nodes": nodes,

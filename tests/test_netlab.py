@@ -136,6 +136,7 @@ def test_other_rates_are_refused_by_name(text: str) -> None:
 def test_bursts_are_small_beside_what_the_link_carries_in_a_millisecond() -> None:
     for bits_per_s in (50e6, 100e6, 1e9, 10e9):
         assert 3000 <= burst_bytes(bits_per_s) <= 0.6e-3 * bits_per_s / 8
+    assert burst_bytes(1e9, burst_s=2e-3) == 250_000
 
 
 def test_addresses_differ_and_fit_the_network() -> None:
@@ -161,6 +162,7 @@ def test_table_shows_both_moments_and_the_difference() -> None:
         (["--ranks", "2", "--rate", "1parsec", "--", "true"], "cannot read the rate '1parsec'"),
         (["--ranks", "1", "--json", "/no/such/dir/f.json", "--", "true"], "/no/such/dir"),
         (["--ranks", "5000", "--", "true"], "1 to 1000 nodes"),
+        (["--ranks", "2", "--burst-ms", "0", "--", "true"], "a burst lasts above 0"),
     ],
 )
 def test_wrong_options_are_one_line_and_exit_code_2(
