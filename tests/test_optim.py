@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from distsign.confidence import AdaptiveConfidence, FixedConfidence, TargetDensity
+from distsign.hook import SignVoteState
 from distsign.optim import SignAdam, SignAdamPP, SignSGD, Signum, base, tiles
 from distsign.optim.base import SignOptimizer
 from distsign.optim_reference import (
@@ -616,6 +617,33 @@ def test_each_parameter_has_its_own_scale() -> None:
     assert b.tolist() == [-0.25] * 2
 
 
+def test_a_vote_state_that_refuses_leaves_nothing_half_done() -> None:
+    """The state raises for a parameter that it does not know, here one of the second group."""
+    params = make_params()
+
+    def scale(p: Tensor) -> float:
+        if p is params[-1]:
+            raise RuntimeError("never seen")
+        return 1.0
+
+    groups = [{"params": named(params)[:2]}, {"params": named(params)[2:]}]
+    optimizer = SignAdamPP(groups, vote_state=FakeVoteState(scale))
+    before = bits(optimizer)
+    with pytest.raises(RuntimeError, match="never seen"):
+        train(optimizer, params, [0])
+    assert_same(bits(optimizer), before)
+
+
+def test_a_sign_vote_state_is_a_vote_state() -> None:
+    """One process, no group: the state's scale is 1, and it learns the names."""
+    state = SignVoteState(confidence=FixedConfidence(0.0))
+    params, expected = make_params(), make_params()
+    optimizer, other = SignAdamPP(named(params), lr=LR, vote_state=state), SignAdamPP(expected, lr=LR)
+    train(optimizer, params, range(3))
+    train(other, expected, range(3))
+    assert_same(bits(optimizer), bits(other))
+
+
 def test_an_idle_parameter_keeps_its_statistics() -> None:
     p = nn.Parameter(torch.zeros(50))
     optimizer = SignAdamPP([p], confidence=AdaptiveConfidence())
@@ -732,8 +760,8 @@ def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @every_variant
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("stop", [0, 1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stop", [0, 7])
 def test_resume_equals_unbroken(name: str, dtype: torch.dtype, stop: int) -> None:
     """torch casts loaded state to the parameter's dtype, which would round the averages and the statistics."""
     unbroken = make_params(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from distsign.optim.options import (
 from distsign.optim.tiles import finite_on_devices, finite_on_host, tile_limit, tiles
 
 __all__ = ["SignOptimizer"]
+
+_Batch: TypeAlias = tuple[Scalar, list[tuple[Tensor, Tensor]]]  # lr scale, and parameters with their gradients
 
 _STATS = "confidence"
 
@@ -116,13 +118,13 @@ class SignOptimizer(Optimizer):
         try:
             self._check_options(self.param_groups[-1])
             check_params(self._label, self.param_groups[-1], named=self._vote_state is not None)
+            if self._vote_state is not None:
+                self._vote_state.track(
+                    chain.from_iterable(zip(g["param_names"], g["params"], strict=True) for g in self.param_groups)
+                )
         except ValueError:
             del self.param_groups[-1]
             raise
-        if self._vote_state is not None:
-            self._vote_state.track(
-                chain.from_iterable(zip(g["param_names"], g["params"], strict=True) for g in self.param_groups)
-            )
 
     # Checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -232,15 +234,16 @@ class SignOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, self._gradients(group)) for group in self.param_groups]
-        grads = [grad for _, pairs in work for _, grad in pairs]
+        # Whatever may raise comes first, for all groups, so that an error leaves nothing half done.
+        work = [(group, batch) for group in self.param_groups for batch in self._batches(group)]
+        grads = [grad for _, (_, pairs) in work for _, grad in pairs]
         ok: dict[torch.device, Tensor] = {}
         if not self._host_decides(grads):
             ok = finite_on_devices(grads)
         elif not finite_on_host(grads):
             return loss
-        for group, pairs in work:
-            self._step_group(group, pairs, ok)
+        for group, (scale, pairs) in work:
+            self._step_batch(group, scale, pairs, ok.get(pairs[0][0].device))
         return loss
 
     @staticmethod
@@ -248,8 +251,9 @@ class SignOptimizer(Optimizer):
         """Return whether looking at the gradients makes the host wait for no device."""
         return all(grad.device.type == "cpu" for grad in grads)
 
-    def _gradients(self, group: Group) -> list[tuple[Tensor, Tensor]]:
-        pairs = []
+    def _batches(self, group: Group) -> list[_Batch]:
+        """Return the group's parameters that have gradients, one learning rate, device and dtype a batch."""
+        batches: dict[tuple[object, ...], _Batch] = {}
         for index, p in enumerate(group["params"]):
             if p.grad is None or p.numel() == 0:
                 continue
@@ -258,39 +262,33 @@ class SignOptimizer(Optimizer):
                     f"{self._label}: gradients must be dense, got {p.grad.layout} for {describe(group, index)}: "
                     "build nn.Embedding with sparse=False, or give this parameter to another optimizer"
                 )
-            pairs.append((p, p.grad))
-        return pairs
-
-    def _step_group(self, group: Group, pairs: list[tuple[Tensor, Tensor]], ok_on: dict[torch.device, Tensor]) -> None:
-        # One learning rate, device and dtype at a time, since they share their factors.
-        batches: dict[tuple[object, ...], tuple[Scalar, list[tuple[Tensor, Tensor]]]] = {}
-        for p, grad in pairs:
             scale = on_host(self._vote_state.lr_scale(p)) if self._vote_state is not None else 1.0
             key = (p.device, p.dtype, id(scale) if isinstance(scale, Tensor) else scale)
-            batches.setdefault(key, (scale, []))[1].append((p, grad))
-        for scale, batch in batches.values():
-            device, dtype = batch[0][0].device, wide_dtype(batch[0][0].dtype)
-            ok = ok_on.get(device)
-            lr = on_host(group["lr"])
-            rate = gated(lr * scale, ok, 0.0, dtype, device)
-            keep = None
-            if group["weight_decay"] and not self._adds_l2(group):
-                keep = gated(1.0 - lr * group["weight_decay"], ok, 1.0, dtype, device)
-            for params, sources, *averages in tiles(self._rows(group, batch, ok), tile_limit(device)):
-                wide = [p.to(dtype) for p in params]
-                move = self._move(group, self._directions(group, sources, dtype), averages, ok)
-                if keep is not None:
-                    scale_(wide, keep)
-                add_(wide, move, -rate)
-                if wide[0] is not params[0]:
-                    torch._foreach_copy_(params, wide)
+            batches.setdefault(key, (scale, []))[1].append((p, p.grad))
+        return list(batches.values())
+
+    def _step_batch(self, group: Group, scale: Scalar, pairs: list[tuple[Tensor, Tensor]], ok: Tensor | None) -> None:
+        device, dtype = pairs[0][0].device, wide_dtype(pairs[0][0].dtype)
+        lr = on_host(group["lr"])
+        rate = gated(lr * scale, ok, 0.0, dtype, device)
+        keep = None
+        if group["weight_decay"] and not self._adds_l2(group):
+            keep = gated(1.0 - lr * group["weight_decay"], ok, 1.0, dtype, device)
+        for params, sources, *averages in tiles(self._rows(group, pairs, ok), tile_limit(device)):
+            wide = [p.to(dtype) for p in params]
+            move = self._move(group, self._directions(group, sources, dtype), averages, ok)
+            if keep is not None:
+                scale_(wide, keep)
+            add_(wide, move, -rate)
+            if wide[0] is not params[0]:
+                torch._foreach_copy_(params, wide)
 
     def _rows(
-        self, group: Group, batch: list[tuple[Tensor, Tensor]], ok: Tensor | None
+        self, group: Group, pairs: list[tuple[Tensor, Tensor]], ok: Tensor | None
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yield each parameter with what its direction is made of, and its averages."""
         names = self._average_names(group)
-        for p, grad in batch:
+        for p, grad in pairs:
             state = self.state[p] if p in self.state or names or group["confidence"] is not None else {}
             for stale in state.keys() - {*names, _STATS}:
                 del state[stale]  # a momentum that was set to 0 since: a later one starts afresh
