@@ -28,7 +28,8 @@ CASES = {
     "no_sync": Case(num_accumulated=3),
     "find_unused_parameters": Case(ddp={"bucket_cap_mb": 0.2, "find_unused_parameters": True}, branch=True),
     "static_graph": Case(ddp={"bucket_cap_mb": 0.2, "static_graph": True}),
-    "static_graph, no_sync": Case(ddp={"static_graph": True, "gradient_as_bucket_view": True}, num_accumulated=2),
+    # Not with no_sync before the first synchronised backward: there torch's own assertion fails, with or without a hook.
+    "static_graph, view": Case(ddp={"bucket_cap_mb": 0.2, "static_graph": True, "gradient_as_bucket_view": True}),
     "gradient_as_bucket_view": Case(ddp={"bucket_cap_mb": 0.2, "gradient_as_bucket_view": True}),
     "view, no_sync": Case(ddp={"gradient_as_bucket_view": True}, num_accumulated=2),
     "bf16": Case(dtype=torch.bfloat16),
