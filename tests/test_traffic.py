@@ -1,0 +1,176 @@
+"""Bytes from shapes, held to messages that are counted one by one; and what a rank counts of its votes."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distsign.layout import Layout, Shape
+from distsign.statistics import VoteCounts
+from distsign.traffic import ExchangeBytes, Traffic, exchange_bytes, ring_all_reduce_bytes, step_bytes
+
+EXCHANGES = ("two_phase", "all_gather")
+
+
+def messages(sizes: list[int], exchange: str) -> list[tuple[int, int, int]]:
+    """List every message of an exchange as `(sender, receiver, bytes)`, those of a rank to itself among them."""
+    ranks = range(len(sizes))
+    if exchange == "all_gather":
+        return [(a, b, sum(sizes)) for a in ranks for b in ranks]
+    ballots = [(voter, owner, sizes[owner]) for voter in ranks for owner in ranks]
+    verdicts = [(owner, voter, sizes[owner]) for owner in ranks for voter in ranks]
+    return ballots + verdicts
+
+
+@given(st.lists(st.integers(8, 10_000), min_size=1, max_size=9), st.sampled_from(EXCHANGES))
+def test_an_exchange_counted_message_by_message(sizes: list[int], exchange: str) -> None:
+    sent, received = [0] * len(sizes), [0] * len(sizes)
+    for sender, receiver, num_bytes in messages(sizes, exchange):
+        if sender != receiver:
+            sent[sender] += num_bytes
+            received[receiver] += num_bytes
+    for rank in range(len(sizes)):
+        assert exchange_bytes(sizes, rank, exchange) == ExchangeBytes(sent[rank], received[rank])
+
+
+def test_two_phases_are_the_default() -> None:
+    assert exchange_bytes([108, 58, 9], rank=1) == exchange_bytes([108, 58, 9], 1, "two_phase")
+    # Ballots to owners 0 and 2, and verdicts to both.
+    assert exchange_bytes([108, 58, 9], rank=1) == ExchangeBytes(108 + 9 + 2 * 58, 108 + 9 + 2 * 58)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_one_rank_has_nobody_to_talk_to(exchange: str) -> None:
+    assert exchange_bytes([1000], 0, exchange) == ExchangeBytes(0, 0)
+    assert step_bytes([[Shape(0, 5000)]], 1, 0, exchange) == ExchangeBytes(0, 0)
+    assert ring_all_reduce_bytes(1000, 4, 1) == 0
+
+
+@given(st.lists(st.lists(st.integers(0, 5000), max_size=4), max_size=4), st.integers(1, 9), st.sampled_from(EXCHANGES))
+def test_a_step_is_the_sum_of_its_groups(sizes: list[list[int]], world_size: int, exchange: str) -> None:
+    numbers = iter(range(100))
+    shapes = [[Shape(next(numbers), n) for n in group] for group in sizes]
+    for rank in range(world_size):
+        sent = received = 0
+        for group in shapes:
+            payloads = list(Layout.build([group], world_size).sizes)
+            for sender, receiver, num_bytes in messages(payloads, exchange):
+                sent += num_bytes if sender == rank != receiver else 0
+                received += num_bytes if receiver == rank != sender else 0
+        assert step_bytes(shapes, world_size, rank, exchange) == ExchangeBytes(sent, received)
+
+
+def test_a_step_written_out() -> None:
+    # 4096 elements in four shards of 1024, 128 bytes a plane; parameter 1 of 10 elements, 2 bytes a plane, is rank 1's.
+    sizes = [8 + 256, 8 + 256 + 4, 8 + 256, 8 + 256]
+    up = sum(sizes) - sizes[1]
+    down = 3 * sizes[1]
+    assert step_bytes([[Shape(0, 4096), Shape(1, 10)]], 4, 1) == ExchangeBytes(up + down, up + down)
+
+
+@given(st.integers(0, 1000), st.sampled_from([2, 4]), st.integers(1, 9))
+def test_a_ring_all_reduce_counted_chunk_by_chunk(num_elements: int, bytes_per_element: int, world_size: int) -> None:
+    chunks = [(k + 1) * num_elements // world_size - k * num_elements // world_size for k in range(world_size)]
+    total = 0
+    for _phase in ("reduce-scatter", "all-gather"):
+        for step in range(world_size - 1):
+            for rank in range(world_size):
+                sent = chunks[(rank - step) % world_size] * bytes_per_element
+                total += 2 * sent  # its neighbour receives it
+    mean = Fraction(total, world_size)
+    assert ring_all_reduce_bytes(num_elements, bytes_per_element, world_size) == mean.numerator // mean.denominator
+
+
+def test_planes_in_two_phases_are_a_sixteenth_of_fp32() -> None:
+    """Two bits in place of 32, each way. The headers weigh next to nothing here."""
+    both = step_bytes([[Shape(0, 1 << 20)]], 4, 2)
+    fp32 = ring_all_reduce_bytes(1 << 20, 4, 4)
+    ratio = fp32 / (both.sent_bytes + both.received_bytes)
+    assert 15.99 < ratio <= 16
+
+
+def test_exchange_bytes_add_up() -> None:
+    assert ExchangeBytes(1, 2) + ExchangeBytes(30, 40) == ExchangeBytes(31, 42)
+    assert ExchangeBytes() == ExchangeBytes(0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def step(counts: VoteCounts, groups: list[tuple[int, int, int]], *, poisoned: bool = False) -> None:
+    """Count a step of groups, each with its elements, ballots and verdicts."""
+    counts.begin_step()
+    for num_elements, num_ballots, num_verdicts in groups:
+        counts.ballots(num_elements, torch.tensor(num_ballots))
+        counts.verdicts(torch.tensor(num_verdicts))
+    counts.end_step(torch.tensor(poisoned))
+
+
+def test_before_the_first_step_all_is_zero() -> None:
+    assert VoteCounts().traffic(ExchangeBytes(), 4) == Traffic(0, 0, 0, 0, 0, 0, 0.0, 0.0)
+
+
+def test_densities_are_shares_of_all_elements() -> None:
+    counts = VoteCounts()
+    step(counts, [(1000, 100, 50), (200, 20, 0)])
+    step(counts, [(1000, 300, 10), (200, 0, 0)])
+    assert counts.traffic(ExchangeBytes(11, 22), 3) == Traffic(
+        sent_bytes=11,
+        received_bytes=22,
+        fp32_bytes=ring_all_reduce_bytes(2400, 4, 3),
+        bf16_bytes=ring_all_reduce_bytes(2400, 2, 3),
+        num_steps=2,
+        num_poisoned_steps=0,
+        ballot_density=420 / 2400,
+        verdict_density=60 / 2400,
+    )
+
+
+def test_poisoned_steps_count_as_traffic_but_not_as_votes() -> None:
+    counts = VoteCounts()
+    step(counts, [(1000, 100, 50)])
+    step(counts, [(1000, 999, 999)], poisoned=True)
+    found = counts.traffic(ExchangeBytes(), 2)
+    assert (found.num_steps, found.num_poisoned_steps) == (2, 1)
+    assert (found.ballot_density, found.verdict_density) == (0.1, 0.05)
+    assert found.fp32_bytes == ring_all_reduce_bytes(2000, 4, 2)
+
+
+def test_a_step_that_broke_off_leaves_no_votes() -> None:
+    counts = VoteCounts()
+    counts.begin_step()
+    counts.ballots(1000, torch.tensor(900))
+    step(counts, [(1000, 100, 50)])
+    found = counts.traffic(ExchangeBytes(), 2)
+    assert (found.ballot_density, found.verdict_density) == (0.1, 0.05)
+
+
+def test_counts_go_on_from_a_checkpoint() -> None:
+    first, whole = VoteCounts(), VoteCounts()
+    for counts in (first, whole):
+        step(counts, [(1000, 100, 50)])
+        step(counts, [(1000, 700, 50)], poisoned=True)
+    resumed = VoteCounts()
+    resumed.load_state_dict(first.state_dict())
+    for counts in (resumed, whole):
+        step(counts, [(500, 5, 1)])
+    assert resumed.traffic(ExchangeBytes(1, 1), 4) == whole.traffic(ExchangeBytes(1, 1), 4)
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_traffic_has_the_documented_names() -> None:
+    names = {field.name for field in dataclasses.fields(Traffic)}
+    assert names >= {
+        "sent_bytes",
+        "received_bytes",
+        "fp32_bytes",
+        "bf16_bytes",
+        "num_steps",
+        "ballot_density",
+        "verdict_density",
+    }
