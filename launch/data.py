@@ -6,28 +6,18 @@ The files are looked for in this order, and the first that is there is taken:
 2. Debian's package `dataset-fashion-mnist`, if it is installed;
 3. the user's cache, `$XDG_CACHE_HOME/distsign/fashion-mnist`.
 
-`fetch_fashion_mnist` fills one of the last two: with apt-get where this is root's machine and it has apt, else
-with one download whose contents are checked. Where nothing can be had, `DIGITS` stands in: the 1,797 small
-digits that scikit-learn ships.
+`launch.fetch` fills one of the last two. Where nothing can be had, `DIGITS` stands in: the 1,797 small digits that
+scikit-learn ships.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import http.client
 import os
-import shutil
-import socket
-import subprocess
-import threading
-import urllib.error
-import urllib.request
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -38,10 +28,7 @@ FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 DIGITS = "digits"
 """The name that asks for scikit-learn's digits instead of a folder."""
 
-DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-PROJECT_URL = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
-CONNECT_TIMEOUT_S = 5.0
 
 # Of the unpacked files, so that it does not matter who compressed them: Debian's differ from the published ones in the
 # gzip header alone. With the published header put back, all four have the MD5 sums of the project's README.
@@ -51,7 +38,6 @@ SHA256 = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-_LARGEST_DOWNLOAD_BYTES = 32 << 20
 
 
 class DataError(ValueError):
@@ -99,7 +85,7 @@ def find_fashion_mnist(named: str | None = None) -> Path | None:
         return None
     if named is not None:
         folder = Path(named).expanduser()
-        missing = [name for name in FILES if _file_in(folder, name) is None]
+        missing = [name for name in FILES if file_in(folder, name) is None]
         if missing:
             what = "is no folder" if not folder.is_dir() else f"lacks {', '.join(missing)} (as they are, or .gz)"
             raise DataError(
@@ -108,41 +94,9 @@ def find_fashion_mnist(named: str | None = None) -> Path | None:
             )
         return folder
     for folder in (DEBIAN_FOLDER, cache_folder()):
-        if all(_file_in(folder, name) for name in FILES):
+        if all(file_in(folder, name) for name in FILES):
             return folder
     return None
-
-
-def fetch_fashion_mnist(named: str | None = None, say: Callable[[str], None] = lambda _: None) -> Path | None:
-    """Find the files, and where there are none, install or download them once.
-
-    Call it in one process per machine, before the others look. Without a network it gives up within seconds.
-
-    Args:
-        named: as for `find_fashion_mnist`.
-        say: is told in words what takes time and what failed.
-
-    Returns:
-        The folder; `None` where the files cannot be had.
-
-    Raises:
-        DataError: a folder was named and a file is missing in it.
-    """
-    folder = find_fashion_mnist(named)
-    if folder is not None or (named or os.environ.get("DISTSIGN_DATA")) == DIGITS:
-        return folder
-    if _may_install():
-        say(f"installing Debian's {DEBIAN_PACKAGE}")
-        if _install_debian_package():
-            return find_fashion_mnist()
-        say(f"apt-get could not install {DEBIAN_PACKAGE}")
-    host = urlsplit(PROJECT_URL).hostname
-    say(f"downloading Fashion-MNIST (30 MB) from {host}")
-    try:
-        _download(cache_folder())
-    except (OSError, DataError) as error:
-        say(f"no download: {error}")
-    return find_fashion_mnist()
 
 
 def load_images(folder: Path | None) -> Images:
@@ -203,22 +157,28 @@ def parse_idx(raw: bytes, path: Path | str) -> npt.NDArray[np.uint8]:
     return np.frombuffer(raw[start:], dtype=np.uint8).reshape(shape).copy()
 
 
-def _file_in(folder: Path, name: str) -> Path | None:
+def file_in(folder: Path, name: str) -> Path | None:
+    """Return where one of the files is in a folder, packed or not; None where it is not."""
     return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
 
 
 def _read(folder: Path, name: str) -> npt.NDArray[np.uint8]:
-    path = _file_in(folder, name)
+    path = file_in(folder, name)
     if path is None:
         raise DataError(f"{folder} lacks {name} (as it is, or .gz): copy the file there")
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    return parse_idx(_unpack(raw, path), path)
+    return parse_idx(unpack(raw, path), path)
 
 
-def _unpack(raw: bytes, path: Path | str) -> bytes:
+def unpack(raw: bytes, path: Path | str) -> bytes:
+    """Return the contents of a file, decompressed if its name says so.
+
+    Raises:
+        DataError: it is truncated or damaged.
+    """
     if not str(path).endswith(".gz"):
         return raw
     try:
@@ -253,85 +213,3 @@ def _load_digits() -> Images:
         labels[is_test],
         "scikit-learn's digits in place of Fashion-MNIST",
     )
-
-
-def _may_install() -> bool:
-    return os.geteuid() == 0 and shutil.which("apt-get") is not None
-
-
-def _install_debian_package() -> bool:
-    apt = [
-        "apt-get",
-        "-q",
-        "-o",
-        "Acquire::Retries=0",
-        "-o",
-        "Acquire::http::Timeout=10",
-        "-o",
-        "DPkg::Lock::Timeout=60",
-    ]
-    install = [*apt, "install", "-y", "--no-install-recommends", DEBIAN_PACKAGE]
-    # The lists may be missing or stale, but refreshing them costs seconds: only if the first try fails.
-    for command in (install, [*apt, "update"], install):
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-                timeout=180,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return False
-        if command is install and done.returncode == 0:
-            return True
-    return False
-
-
-def _reachable(url: str) -> bool:
-    """Say whether a connection opens in time; looking up a name has no time limit of its own, hence the thread."""
-    parts = urlsplit(url)
-    opened = threading.Event()
-
-    def probe() -> None:
-        try:
-            socket.create_connection((parts.hostname or "", parts.port or 443), timeout=CONNECT_TIMEOUT_S).close()
-        except OSError:
-            return
-        opened.set()
-
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(CONNECT_TIMEOUT_S)
-    return opened.is_set()
-
-
-def _download(folder: Path) -> None:
-    """Download the four files into `folder`; each appears there whole and checked, or not at all."""
-    if not _reachable(PROJECT_URL):
-        raise DataError(f"{urlsplit(PROJECT_URL).hostname} cannot be reached within {CONNECT_TIMEOUT_S:g} s")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        if _file_in(folder, name) is not None:
-            continue
-        url = f"{PROJECT_URL}{name}.gz"
-        try:
-            with urllib.request.urlopen(url, timeout=30) as response:
-                raw = response.read(_LARGEST_DOWNLOAD_BYTES)
-        except (urllib.error.URLError, http.client.HTTPException) as error:
-            raise DataError(f"{url}: {error}") from error
-        got = hashlib.sha256(_unpack(raw, url)).hexdigest()
-        if got != SHA256[name]:
-            raise DataError(f"{url}: expected contents with SHA-256 {SHA256[name]}, got {got}; the file is not used")
-        _write_at_once(folder / f"{name}.gz", raw)
-
-
-def _write_at_once(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

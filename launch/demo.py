@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NoReturn
 
-from launch.data import DIGITS, DataError, fetch_fashion_mnist
+from launch.data import DIGITS, DataError
+from launch.fetch import fetch_fashion_mnist
 from launch.metrics import read_lines
 
 TASK = "fashion-mnist-lenet"
@@ -36,7 +37,7 @@ SCHEMES = (
     Scheme(
         "sign-vote",
         "signADAM++, sign votes",
-        ("--optimizer", "sign-adam-pp", "--lr", "1e-3", "--hook", "sign-vote", "--confidence", "adaptive:beta2=1"),
+        ("--optimizer", "sign-adam-pp", "--lr", "1e-2", "--hook", "sign-vote", "--confidence", "adaptive:beta2=1"),
     ),
 )
 
@@ -57,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     except DataError as error:
         _fail(str(error), 2)
     data = DIGITS if folder is None else str(folder)
-    print(f"data: {'scikit-learn digits: Fashion-MNIST cannot be had here' if folder is None else folder}", flush=True)
+    words = "scikit-learn's digits in place of Fashion-MNIST" if folder is None else f"the files in {folder}"
+    print(f"data: {words}", flush=True)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -165,10 +167,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _run(scheme: Scheme, options: argparse.Namespace, data: str, metrics: Path) -> list[dict[str, Any]]:
     """Let torchrun train one scheme; return its metrics."""
     length = ["--epochs", str(options.epochs)] if options.steps is None else ["--steps", str(options.steps)]
-    # Ten or so points for the picture; by epochs there would be four.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
     command += ["-m", "launch.train", "--task", TASK, "--data", data, "--metrics", str(metrics)]
     command += ["--batch-size", str(options.batch_size), "--seed", str(options.seed), *length]
+    # A quarter of an epoch at 4 ranks x 32 images: enough points for a curve, and the tests take a tenth of the time.
     command += ["--eval-every", "117", *scheme.arguments]
     print(f"\n{scheme.title}", flush=True)
     # torchrun warns at length where this is unset. One thread: each rank sets its own share of the cores.

@@ -37,8 +37,8 @@ class TrainOptions:
     confidence: str | None
     margin: int
     l2: float
-    wire: str | None
-    exchange: str | None
+    wire: str
+    exchange: str
     bucket_cap_mb: float
     batch_size: int
     steps: int | None
@@ -115,7 +115,7 @@ class TrainOptions:
             raise UsageError(f"--seed must be in [0, 2**63), got {self.seed}")
 
     def _check_without_vote(self) -> None:
-        for name, default in (("margin", 1), ("l2", 0.0), ("wire", None), ("exchange", None)):
+        for name, default in (("margin", 1), ("l2", 0.0), ("wire", "auto"), ("exchange", "two_phase")):
             if getattr(self, name) != default:
                 hint = " (without a vote, L2 is the optimizer's --weight-decay)" if name == "l2" else ""
                 raise UsageError(f"{_flag(name)} is an option of --hook sign-vote, got --hook {self.hook}{hint}")
@@ -162,8 +162,8 @@ def make_parser() -> argparse.ArgumentParser:
     link.add_argument("--confidence", metavar="NAME[:KEY=VALUE,...]", help=f"who may vote: {_confidence_help()}")
     link.add_argument("--margin", type=int, default=1, help="least lead of a verdict, in votes")
     link.add_argument("--l2", type=float, default=0.0, help="added to each rank's gradient before the vote")
-    link.add_argument("--wire", help="codec of the ballots; by default the library's")
-    link.add_argument("--exchange", help="how ballots and verdicts travel; by default the library's")
+    link.add_argument("--wire", default="auto", help="codec of the ballots")
+    link.add_argument("--exchange", default="two_phase", help="how ballots and verdicts travel")
     link.add_argument("--bucket-cap-mb", type=float, default=25.0, help="DDP's bucket size, in MiB")
 
     out = parser.add_argument_group("results")

@@ -32,9 +32,9 @@ def draw_accuracy_against_bytes(curves: dict[str, list[dict[str, Any]]], title: 
         axes.annotate(
             f"{ys[-1]:.1f} % for {_megabytes(xs[-1])}",
             (xs[-1], ys[-1]),
-            xytext=(0, 9),
+            xytext=(4, 9),
             textcoords="offset points",
-            ha="center",
+            ha="right",
             color=colour,
             fontweight="bold",
             fontsize=9,
@@ -46,11 +46,11 @@ def draw_accuracy_against_bytes(curves: dict[str, list[dict[str, Any]]], title: 
     axes.margins(x=0.12, y=0.12)
     axes.set_xlabel("MB sent and received per rank (log scale)")
     axes.set_ylabel("test accuracy, %")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Test accuracy against bytes on the link", fontsize=13, fontweight="bold", x=0.01, ha="left")
-    axes.set_title(title, fontsize=8.5, color="#555555", loc="left")
+    axes.set_title("Test accuracy against bytes on the link", fontsize=13, fontweight="bold", loc="left", pad=22)
+    axes.text(0, 1.02, title, transform=axes.transAxes, fontsize=8.5, color="#555555")
     figure.savefig(path)
 
 

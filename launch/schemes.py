@@ -179,12 +179,12 @@ def make_vote_state(options: "TrainOptions") -> SignVoteState:
         ValueError: the library refuses a value.
     """
     assert options.confidence is not None
-    given = {"wire": options.wire, "exchange": options.exchange}
     return SignVoteState(
         confidence=make_confidence(options.confidence),
         margin=options.margin,
+        exchange=options.exchange,
+        wire=options.wire,
         l2=options.l2,
-        **{name: value for name, value in given.items() if value is not None},
     )
 
 
@@ -208,7 +208,7 @@ def make_confidence(spec: str) -> Confidence:
     """Make a confidence function from `NAME` or `NAME:KEY=VALUE,...`.
 
     Raises:
-        ValueError: the name or a key is unknown, a value is no number, is missing or out of range.
+        ValueError: the name or a key is unknown, a value is no number or out of range.
 
     Example:
         >>> make_confidence("adaptive:beta2=2")
@@ -228,9 +228,6 @@ def make_confidence(spec: str) -> Confidence:
             arguments[key] = float(text)
         except ValueError as error:
             raise ValueError(f"{key} must be a number, got {text!r}, as in {name}:{entry.example}") from error
-    missing = [key for key, p in known.items() if p.default is p.empty and key not in arguments]
-    if missing:
-        raise ValueError(f"{name} needs {', '.join(missing)}, as in {name}:{entry.example}")
     return entry.make(**arguments)
 
 

@@ -33,7 +33,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from launch import checkpoint
-from launch.data import DataError, fetch_fashion_mnist
+from launch.data import DataError
+from launch.fetch import fetch_fashion_mnist
 from launch.metrics import MetricsFile, describe_machine
 from launch.options import RESUME_IF_THERE, TrainOptions, UsageError, exit_with, parse_options
 from launch.runtime import Ranks, agree, choose_device, start

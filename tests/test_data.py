@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import data
-from launch.data import DIGITS, FILES, DataError, fetch_fashion_mnist, find_fashion_mnist, load_images, parse_idx
+from launch import data, fetch
+from launch.data import DIGITS, FILES, DataError, find_fashion_mnist, load_images, parse_idx
+from launch.fetch import fetch_fashion_mnist
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -49,8 +50,8 @@ def nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISTSIGN_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "debian")
-    monkeypatch.setattr(data, "_may_install", lambda: False)
-    monkeypatch.setattr(data, "PROJECT_URL", "https://127.0.0.1:9/")
+    monkeypatch.setattr(fetch, "_may_install", lambda: False)
+    monkeypatch.setattr(fetch, "PROJECT_URL", "https://127.0.0.1:9/")
 
 
 @given(shape=st.lists(st.integers(0, 5), min_size=1, max_size=4), seed=st.integers(0, 100))
@@ -158,7 +159,7 @@ def test_without_a_network_it_gives_up_soon() -> None:
     said: list[str] = []
     began = time.monotonic()
     assert fetch_fashion_mnist(say=said.append) is None
-    assert time.monotonic() - began < data.CONNECT_TIMEOUT_S + 2
+    assert time.monotonic() - began < fetch.CONNECT_TIMEOUT_S + 2
     assert "cannot be reached" in said[-1]
     assert not data.cache_folder().exists()
 
@@ -187,7 +188,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Files) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        monkeypatch.setattr(data, "PROJECT_URL", f"http://127.0.0.1:{httpd.server_port}/")
+        monkeypatch.setattr(fetch, "PROJECT_URL", f"http://127.0.0.1:{httpd.server_port}/")
         monkeypatch.setattr(data, "SHA256", {name: hashlib.sha256(raw).hexdigest() for name, raw in files.items()})
         yield _Files.contents
         httpd.shutdown()
@@ -224,14 +225,14 @@ def test_debian_package_is_installed_where_it_can_be(tmp_path: Path, monkeypatch
         write_folder(tmp_path / "debian", small_files())
         return True
 
-    monkeypatch.setattr(data, "_may_install", lambda: True)
-    monkeypatch.setattr(data, "_install_debian_package", install)
+    monkeypatch.setattr(fetch, "_may_install", lambda: True)
+    monkeypatch.setattr(fetch, "_install_debian_package", install)
     assert fetch_fashion_mnist() == tmp_path / "debian"
 
 
 def test_failing_apt_leads_to_the_download(server: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_may_install", lambda: True)
-    monkeypatch.setattr(data, "_install_debian_package", lambda: False)
+    monkeypatch.setattr(fetch, "_may_install", lambda: True)
+    monkeypatch.setattr(fetch, "_install_debian_package", lambda: False)
     assert fetch_fashion_mnist() == data.cache_folder()
 
 

@@ -1,0 +1,321 @@
+"""`launch.train`: options, whole runs on real ranks, and going on where a run stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distsign.traffic import ring_all_reduce_bytes
+from launch.metrics import MetricsFile, read_lines
+from launch.options import TrainOptions, UsageError, parse_options
+from launch.runtime import Ranks, choose_device
+from launch.schemes import CONFIDENCES, OPTIMIZERS, make_confidence
+from launch.train import Trainer
+from tests.distributed.ranks import REPOSITORY, RankPool, launch, pool
+
+SMALL = ["--data", "digits", "--batch-size", "8", "--device", "cpu"]
+VOTE = ["--hook", "sign-vote", "--confidence", "adaptive", "--optimizer", "sign-adam-pp"]
+NUM_PARAMETERS = 61_706
+
+
+def train(rank: int, world_size: int, argv: list[str]) -> dict[str, Any]:
+    """Run on the ranks of a pool; return the parameters, what was measured, or the user's mistake."""
+    options = parse_options([*SMALL, *argv])
+    ranks = Ranks(rank, world_size, rank, world_size)
+    try:
+        trainer = Trainer(options, ranks, choose_device(options.device, ranks))
+        trainer.run()
+    except UsageError as error:
+        return {"error": str(error)}
+    return {
+        "parameters": torch.cat([p.detach().flatten() for p in trainer.net.parameters()]),
+        "traffic": trainer.combiner.traffic(trainer.progress.step),
+    }
+
+
+@pytest.fixture
+def ranks4() -> RankPool:
+    return pool(4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--task", "mnist"], "argument --task: invalid choice: 'mnist'"),
+        (["--optimizer", "lion"], "argument --optimizer: invalid choice"),
+        (["--hook", "fp8"], "argument --hook: invalid choice"),
+        (["--unknown", "1"], "unrecognized arguments: --unknown"),
+        (["--lr", "0"], r"--lr must be in \(0, inf\), got 0"),
+        (["--lr", "nan"], "--lr must be in .*got nan"),
+        (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+        (["--momentum", "1"], r"--momentum must be in \[0, 1\), got 1"),
+        (["--momentum", "0.5", "--optimizer", "sign-sgd"], "--momentum is no option of --optimizer sign-sgd"),
+        (["--weight-decay", "-1"], "--weight-decay must be 0 or more"),
+        (["--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
+        (["--width", "0"], "--width must be 1 or more"),
+        (["--steps", "0"], "--steps must be 1 or more, got 0"),
+        (["--epochs", "0"], "--epochs must be above 0"),
+        (["--steps", "5", "--epochs", "1"], "--steps and --epochs"),
+        (["--seed", "-1"], r"--seed must be in \[0"),
+        (["--bucket-cap-mb", "0"], r"--bucket-cap-mb must be in \(0"),
+        (["--hook", "sign-vote"], "--hook sign-vote needs --confidence: one of fixed, adaptive, target-density"),
+        ([*VOTE, "--margin", "0"], "--margin must be 1 or more, got 0"),
+        ([*VOTE, "--optimizer", "adam", "--weight-decay", "0.1"], "--weight-decay of adam is L2.*use --l2"),
+        (["--margin", "2"], "--margin is an option of --hook sign-vote, got --hook none"),
+        (["--hook", "bf16", "--l2", "0.1"], "--l2 is an option of --hook sign-vote.*--weight-decay"),
+        (["--confidence", "adaptive", "--optimizer", "adam"], "--confidence needs --hook sign-vote, or an optimizer"),
+        (["--confidence", "maybe"], "--confidence maybe: unknown confidence function 'maybe': expected one of fixed"),
+        (["--confidence", "fixed:beta=1"], "fixed has no 'beta': expected alpha"),
+        (["--confidence", "fixed:alpha=x"], "alpha must be a number, got 'x'"),
+        (["--confidence", "target-density:density=2"], "--confidence target-density:density=2: density must be in"),
+        (["--task", "stdlib-gpt", "--data", "digits"], "--data names Fashion-MNIST's folder, task stdlib-gpt"),
+        (["--resume"], "--resume needs --checkpoint"),
+        (["--checkpoint-every", "5"], "--checkpoint-every needs --checkpoint"),
+        (["--stop-after", "5"], "--stop-after needs --checkpoint"),
+    ],
+)
+def test_wrong_options_are_one_clear_line(argv: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        parse_options(argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_confidence_by_name() -> None:
+    for name, entry in CONFIDENCES.items():
+        assert make_confidence(f"{name}:{entry.example}") is not None
+    made = make_confidence("adaptive:beta2=2,beta1=0.5")
+    assert (made.beta1, made.beta2) == (0.5, 2.0)  # type: ignore[attr-defined]
+
+
+def test_environment_that_is_half_a_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UsageError, match="RANK and WORLD_SIZE must both be numbers"):
+        Ranks.from_environment()
+
+
+def test_cuda_needs_a_gpu_per_rank() -> None:
+    num_gpus = torch.cuda.device_count()
+    ranks = Ranks(0, num_gpus + 1, 0, num_gpus + 1)
+    with pytest.raises(UsageError, match=f"{num_gpus + 1} ranks on this machine, {num_gpus} GPUs"):
+        choose_device("cuda", ranks)
+    assert choose_device("auto", ranks) == torch.device("cpu")
+
+
+def check_run(ranks: RankPool, argv: list[str], metrics: Path, num_steps: int) -> list[dict[str, Any]]:
+    results = ranks.run(train, [*argv, "--steps", str(num_steps), "--metrics", str(metrics)], deadline_s=90)
+    for result in results:
+        assert "error" not in result, result["error"]
+        assert torch.equal(result["parameters"], results[0]["parameters"])
+    lines = read_lines(metrics)
+    assert [line["event"] for line in lines] == ["start", "test", "end"]
+    assert "digits" in lines[0]["data"]
+    assert lines[0]["num_steps"] == lines[1]["step"] == num_steps
+    assert len(lines[2]["ranks"]) == len(results)
+    assert lines[1]["median_step_s"] > 0
+    return lines
+
+
+@pytest.mark.parametrize(("hook", "bytes_per_element"), [("none", 4), ("bf16", 2), ("fp16", 2)])
+def test_all_reduce_hooks(ranks4: RankPool, tmp_path: Path, hook: str, bytes_per_element: int) -> None:
+    argv = ["--optimizer", "adam", "--lr", "2e-3", "--hook", hook]
+    lines = check_run(ranks4, argv, tmp_path / "metrics.jsonl", 25)
+    end = lines[-1]
+    assert end["kind"] == "formula"
+    assert end["sent_bytes"] + end["received_bytes"] == 25 * ring_all_reduce_bytes(NUM_PARAMETERS, bytes_per_element, 4)
+    assert end["ballot_density"] is None
+    assert end["test_accuracy"] > 0.4
+
+
+def test_sign_votes(ranks4: RankPool, tmp_path: Path) -> None:
+    lines = check_run(ranks4, [*VOTE, "--lr", "4e-3"], tmp_path / "metrics.jsonl", 40)
+    end = lines[-1]
+    assert end["kind"] == "counted"
+    for rank in end["ranks"]:
+        assert 0 < 15 * (rank["sent_bytes"] + rank["received_bytes"]) < rank["fp32_bytes"]
+        assert rank["fp32_bytes"] == 40 * ring_all_reduce_bytes(NUM_PARAMETERS, 4, 4)
+        assert 0 < rank["ballot_density"] < rank["verdict_density"] < 1
+    assert end["test_accuracy"] > 0.4
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_steps_on_verdicts(ranks4: RankPool, name: str) -> None:
+    argv = [*VOTE, "--optimizer", name, "--confidence", "target-density:density=0.1", "--steps", "3"]
+    results = ranks4.run(train, argv, deadline_s=60)
+    for result in results:
+        assert torch.isfinite(result["parameters"]).all()
+        assert torch.equal(result["parameters"], results[0]["parameters"])
+
+
+@pytest.mark.parametrize("task", ["fashion-mnist-lstm", "stdlib-gpt"])
+def test_other_tasks(task: str, tmp_path: Path) -> None:
+    argv = [*VOTE, "--task", task, "--steps", "2", "--metrics", str(tmp_path / "m.jsonl")]
+    results = pool(2).run(train_task, argv, deadline_s=100)
+    assert torch.equal(results[0], results[1])
+    end = read_lines(tmp_path / "m.jsonl")[-1]
+    assert end["kind"] == "counted"
+    assert 0 < end[{"stdlib-gpt": "bits_per_byte"}.get(task, "test_accuracy")] < 9
+
+
+def train_task(rank: int, world_size: int, argv: list[str]) -> torch.Tensor:
+    data = [] if "stdlib-gpt" in argv else ["--data", "digits"]
+    options = parse_options(["--batch-size", "2", "--device", "cpu", *data, *argv])
+    trainer = Trainer(options, Ranks(rank, world_size, rank, world_size), torch.device("cpu"))
+    trainer.run()
+    return torch.cat([p.detach().flatten() for p in trainer.net.parameters()])
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k != "median_step_s"} for line in lines if line["event"] != "start"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "argv"),
+    [
+        (4, [*VOTE, "--confidence", "target-density:density=0.05", "--bucket-cap-mb", "0.05"]),
+        (2, ["--optimizer", "adam", "--hook", "none"]),
+    ],
+)
+def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit(tmp_path: Path, world_size: int, argv: list[str]) -> None:
+    argv = [*argv, "--steps", "12", "--eval-every", "3"]
+
+    def run(name: str, *more: str) -> list[dict[str, Any]]:
+        files = ["--checkpoint", str(tmp_path / f"{name}.pt"), "--metrics", str(tmp_path / f"{name}.jsonl")]
+        return pool(world_size).run(train, [*argv, *files, *more], deadline_s=90)
+
+    unbroken = run("unbroken")
+    run("broken", "--stop-after", "4")
+    run("broken", "--resume", "--stop-after", "1")
+    resumed = run("broken", "--resume")
+    for a, b in zip(unbroken, resumed, strict=True):
+        assert torch.equal(a["parameters"], b["parameters"])
+        assert a["traffic"] == b["traffic"]
+    lines = [read_lines(tmp_path / f"{name}.jsonl") for name in ("unbroken", "broken")]
+    assert without_times(lines[0]) == without_times(lines[1])
+    checkpoints = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("unbroken", "broken")]
+    assert equal(*checkpoints)
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+
+    def error(*more: str) -> str:
+        results = pool(2).run(train, ["--optimizer", "adam", "--steps", "2", "--checkpoint", str(path), *more])
+        first, second = (result.get("error") for result in results)
+        assert first == second, "the ranks must agree"
+        return str(first)
+
+    assert "there is no --checkpoint" in error("--resume")
+    assert error("--resume", "if-there") == "None"
+    assert "--lr was 0.001, is 0.002" in error("--resume", "--lr", "2e-3")
+    assert "--seed was 0, is 1" in error("--resume", "--seed", "1")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read" in error("--resume")
+    torch.save({"something": "else"}, path)
+    assert "is no checkpoint of format 1" in error("--resume")
+    path.write_bytes(whole)
+    results = pool(3).run(train, ["--optimizer", "adam", "--steps", "2", "--checkpoint", str(path), "--resume"])
+    assert all("was written by 2 ranks, now there are 3" in result["error"] for result in results)
+
+
+def test_batch_larger_than_the_data() -> None:
+    results = pool(2).run(train, ["--batch-size", "1000"])
+    assert all("--batch-size 1000 on 2 ranks is more than the data have" in result["error"] for result in results)
+
+
+def in_one_process(*argv: str, as_file: bool = False) -> subprocess.CompletedProcess[str]:
+    start = [str(REPOSITORY / "launch" / "train.py")] if as_file else ["-m", "launch.train"]
+    command = [sys.executable, *start, *SMALL, *argv]
+    # Started as a file it must find its package by itself, from any folder.
+    cwd = "/" if as_file else REPOSITORY
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_plain_python_is_one_rank(tmp_path: Path, as_file: bool) -> None:
+    metrics = tmp_path / "m.jsonl"
+    done = in_one_process(*VOTE, "--steps", "3", "--metrics", str(metrics), as_file=as_file)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("test_accuracy 0.")
+    end = read_lines(metrics)[-1]
+    assert end["sent_bytes"] == 0
+    assert end["ballot_density"] == end["verdict_density"] > 0
+
+
+def test_wrong_option_ends_with_code_2() -> None:
+    done = in_one_process("--lr", "-1")
+    assert done.returncode == 2
+    assert done.stderr == "launch.train: error: --lr must be in (0, inf), got -1\n"
+    assert done.stdout == ""
+
+
+def test_truncated_data_end_with_code_2(tmp_path: Path) -> None:
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / f"{name}-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x09123")
+    done = in_one_process("--data", str(tmp_path))
+    assert done.returncode == 2
+    assert "train-images-idx3-ubyte: truncated: expected 17 bytes for 9, got 11; copy" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("nproc", [3])
+def test_torchrun_wrong_option_is_said_once_and_all_ranks_end_with_code_2(nproc: int) -> None:
+    done = launch(["-m", "launch.train", *SMALL, "--lr", "-1"], nproc, deadline_s=90)
+    assert done.returncode != 0
+    assert done.stderr.count("launch.train: error: --lr must be in (0, inf), got -1") == 1
+    assert done.stderr.count("exitcode  : 2 ") == nproc
+    assert "SIGTERM)" not in done.stderr
+
+
+def test_torchrun_trains(tmp_path: Path) -> None:
+    metrics = tmp_path / "m.jsonl"
+    done = launch(
+        ["launch/train.py", *SMALL, *VOTE, "--steps", "4", "--eval-every", "2", "--metrics", str(metrics)],
+        2,
+        deadline_s=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test_accuracy 0.") == 1, "rank 0 alone speaks"
+    assert done.stderr.count("0/4 [") == 1, "rank 0 alone has a progress bar"
+    assert [line["event"] for line in read_lines(metrics)] == ["start", "test", "test", "end"]
+
+
+def test_metrics_keep_what_a_resumed_run_does_not_write_again(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "m.jsonl"
+    first = MetricsFile(str(path))
+    first.write({"event": "start", "first_step": 0})
+    for step in (1, 2, 3):
+        first.write({"event": "test", "step": step})
+    with path.open("a") as file:
+        file.write('{"event": "te')
+    MetricsFile(str(path), first_step=2)
+    assert [line.get("step") for line in read_lines(path)] == [None, 1, 2]
+    MetricsFile(str(path), first_step=0)
+    assert path.read_text() == ""
+    MetricsFile(None).write({})
+
+
+def test_trajectory_has_all_that_decides_the_numbers() -> None:
+    options = parse_options([])
+    assert set(options.trajectory()) < set(TrainOptions.__dataclass_fields__)
+    assert {"lr", "seed", "batch_size", "hook", "confidence"} <= set(options.trajectory())
+    assert "metrics" not in options.trajectory()
+    json.dumps(options.trajectory())
