@@ -1,9 +1,9 @@
 """distsign: data-parallel training over slow links, by majority vote on confident signs.
 
-    model = DDP(net)
-    state = SignVoteState(confidence=AdaptiveConfidence())
-    model.register_comm_hook(state, sign_vote_hook)
-    optimizer = SignAdamPP(model.named_parameters(), lr=1e-3, vote_state=state)
+model = DDP(net)
+state = SignVoteState(confidence=AdaptiveConfidence())
+model.register_comm_hook(state, sign_vote_hook)
+optimizer = SignAdamPP(model.named_parameters(), lr=1e-3, vote_state=state)
 """
 
 from distsign.confidence import AdaptiveConfidence, Confidence, FixedConfidence, TargetDensity

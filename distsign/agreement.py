@@ -20,7 +20,7 @@ def require_agreement(options: Sequence[Mapping[str, object]]) -> None:
         >>> require_agreement([{"margin": 1}, {"margin": 2}, {"margin": 1}])
         Traceback (most recent call last):
         ...
-        ValueError: the ranks' options differ: margin is 1 on ranks 0 and 2, but 2 on rank 1. Start all ranks with the same ones
+        ValueError: the ranks' options differ: margin is 1 on ranks 0 and 2, but 2 on rank 1. Start all with the same
     """
     names = list(dict.fromkeys(name for rank in options for name in rank))
     differences = []
@@ -32,7 +32,7 @@ def require_agreement(options: Sequence[Mapping[str, object]]) -> None:
             said = [f"{value} on {_ranks(ranks)}" for value, ranks in ranks_by_value.items()]
             differences.append(f"{name} is {', but '.join(said)}")
     if differences:
-        raise ValueError(f"the ranks' options differ: {'; '.join(differences)}. Start all ranks with the same ones")
+        raise ValueError(f"the ranks' options differ: {'; '.join(differences)}. Start all with the same")
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -146,8 +146,8 @@ class TargetDensity(Confidence):
 
     Args:
         density: wanted share of ballots, in (0, 1).
-        gain: how much of the error in log density is corrected per step, in (0, 1). The density falls by 2 to 6 per cent
-            for one per cent of alpha, so a gain above 0.3 would oscillate.
+        gain: how much of the error in log density is corrected per step, in (0, 1). The density falls by 2 to 6 per
+            cent for one per cent of alpha, so a gain above 0.3 would oscillate.
 
     Raises:
         ValueError: if `density` or `gain` is out of range.

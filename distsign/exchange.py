@@ -25,7 +25,7 @@ from distsign.layout import Layout
 from distsign.traffic import ExchangeBytes
 from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header, PayloadError
 
-__all__ = ["EXCHANGES", "ExchangeThread", "VoteExchange", "payload_headers"]
+__all__ = ["EXCHANGES", "ExchangeThread", "VoteExchange", "payload_headers", "world_size_of"]
 
 EXCHANGES = ("two_phase", "all_gather")
 T = TypeVar("T")
@@ -38,6 +38,11 @@ def payload_headers(layout: Layout, device: torch.device, *, verdict: bool = Fal
         header = Header(Codec.PLANES, num_elements, verdict=verdict, poison=poison).encode()
         buffer[offset : offset + HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     return buffer.to(device)
+
+
+def world_size_of(group: dist.ProcessGroup | None) -> int:
+    """Return the number of ranks in a group, None being the default one; 1 where no process group was initialised."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 class VoteExchange:
@@ -63,17 +68,16 @@ class VoteExchange:
         # On CUDA a header that does not fit is found without waiting for the device; it poisons the step at once and is
         # reported by `raise_if_mismatched`.
         self._mismatch: Tensor | None = None
-        if dist.is_available() and dist.is_initialized():
+        if world_size_of(process_group) > 1:
             parent = process_group or dist.group.WORLD
             assert parent is not None
             self.rank, self.world_size = dist.get_rank(parent), dist.get_world_size(parent)
-            if self.world_size > 1:
-                self.group = dist.new_group(
-                    dist.get_process_group_ranks(parent),
-                    timeout=_timeout_of(parent),
-                    backend=dist.get_backend(parent),
-                    use_local_synchronization=True,
-                )
+            self.group = dist.new_group(
+                dist.get_process_group_ranks(parent),
+                timeout=_timeout_of(parent),
+                backend=dist.get_backend(parent),
+                use_local_synchronization=True,
+            )
 
     def describe(self) -> str:
         """Return the voters in words, for errors."""
@@ -132,16 +136,15 @@ class VoteExchange:
         received = self._all_to_all(ballots, list(layout.sizes), [own] * self.world_size).view(self.world_size, own)
         expected = Header(Codec.PLANES, layout.owned_elements[self.rank])
         poisoned = self._check(received[:, :HEADER_BYTES], [expected] * self.world_size)
-        verdict = torch.empty(own, dtype=torch.uint8, device=ballots.device)
-        self._tally(received, layout, self.rank, 0, margin, poisoned, verdict, kernels)
+        verdict = _verdict_payload(layout, self.rank, poisoned)
+        body_bytes = layout.plane_bytes(self.rank)
+        kernels.tally(received, HEADER_BYTES, body_bytes, margin, verdict[HEADER_BYTES:])
         verdicts = self._all_to_all(verdict.repeat(self.world_size), [own] * self.world_size, list(layout.sizes))
         rows = torch.stack([verdicts[at : at + HEADER_BYTES] for at in layout.offsets])
         headers = [Header(Codec.PLANES, n, verdict=True) for n in layout.owned_elements]
         return verdicts, self._check(rows, headers)
 
-    def _all_gather(
-        self, layout: Layout, ballots: Tensor, margin: int, kernels: Kernels
-    ) -> tuple[Tensor, Tensor]:
+    def _all_gather(self, layout: Layout, ballots: Tensor, margin: int, kernels: Kernels) -> tuple[Tensor, Tensor]:
         total = layout.buffer_bytes
         received = torch.empty(self.world_size, total, dtype=torch.uint8, device=ballots.device)
         if self.group is None:
@@ -155,27 +158,10 @@ class VoteExchange:
         rows = torch.cat([received[:, at : at + HEADER_BYTES] for at in layout.offsets])
         headers = [Header(Codec.PLANES, n) for n in layout.owned_elements for _ in range(self.world_size)]
         poisoned = self._check(rows, headers)
-        verdicts = torch.empty(total, dtype=torch.uint8, device=ballots.device)
-        for owner, at in enumerate(layout.offsets):
-            verdict = verdicts[at : at + layout.sizes[owner]]
-            self._tally(received, layout, owner, at, margin, poisoned, verdict, kernels)
-        return verdicts, poisoned
-
-    def _tally(
-        self,
-        received: Tensor,
-        layout: Layout,
-        owner: int,
-        at: int,
-        margin: int,
-        poisoned: Tensor,
-        verdict: Tensor,
-        kernels: Kernels,
-    ) -> None:
-        header = Header(Codec.PLANES, layout.owned_elements[owner], verdict=True).encode()
-        verdict[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        verdict[POISON_BYTE] |= poisoned.to(torch.uint8) * POISON_FLAG
-        kernels.tally(received, at + HEADER_BYTES, layout.plane_bytes(owner), margin, verdict[HEADER_BYTES:])
+        verdicts = [_verdict_payload(layout, owner, poisoned) for owner in range(self.world_size)]
+        for owner, (at, verdict) in enumerate(zip(layout.offsets, verdicts, strict=True)):
+            kernels.tally(received, at + HEADER_BYTES, layout.plane_bytes(owner), margin, verdict[HEADER_BYTES:])
+        return torch.cat(verdicts), poisoned
 
     def _all_to_all(self, source: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Send `send[k]` bytes to rank k and receive `receive[k]` from it."""
@@ -194,9 +180,7 @@ class VoteExchange:
         poisoned = ((rows[:, POISON_BYTE] & POISON_FLAG) != 0).any()
         if rows.device.type == "cpu":
             for k, header in enumerate(expected):
-                Header.expect(
-                    bytes(rows[k].tolist()), header, sender=k % self.world_size, receiver=self.rank
-                )
+                Header.expect(bytes(rows[k].tolist()), header, sender=k % self.world_size, receiver=self.rank)
             return poisoned
         want = torch.tensor([list(header.encode()) for header in expected], dtype=torch.uint8, device=rows.device)
         keep = torch.full((HEADER_BYTES,), 255, dtype=torch.uint8, device=rows.device)
@@ -216,6 +200,15 @@ class VoteExchange:
                 f"a payload that reached {self.describe()} had a header other than expected; that step was poisoned on "
                 "all ranks. The ranks do not train the same model with the same options"
             )
+
+
+def _verdict_payload(layout: Layout, owner: int, poisoned: Tensor) -> Tensor:
+    """Return a payload for one owner's verdicts whose header is written and whose body is not."""
+    header = Header(Codec.PLANES, layout.owned_elements[owner], verdict=True).encode()
+    payload = torch.empty(layout.sizes[owner], dtype=torch.uint8, device=poisoned.device)
+    payload[:HEADER_BYTES] = torch.tensor(list(header), dtype=torch.uint8)
+    payload[POISON_BYTE] |= poisoned.to(torch.uint8) * POISON_FLAG
+    return payload
 
 
 @dataclass(frozen=True)

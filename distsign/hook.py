@@ -1,7 +1,7 @@
 """The DDP communication hook and its state.
 
-A bucket's way: gradient -> confidence -> ballots -> pack -> exchange (tally, verdict) -> unpack into the bucket. Packing
-happens where DDP calls the hook, in the middle of backward; the exchange and what follows it on the exchange thread
+A bucket's way: gradient -> confidence -> ballots -> pack -> exchange (tally, verdict) -> unpack into the bucket.
+Packing happens where DDP calls the hook, in the middle of backward; the exchange, and what follows it, on the exchange thread
 (CPU) or on a side stream (CUDA), while backward goes on.
 """
 
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 
 from distsign.agreement import require_agreement
 from distsign.confidence import Confidence
-from distsign.exchange import EXCHANGES, ExchangeThread, VoteExchange, payload_headers
+from distsign.exchange import EXCHANGES, ExchangeThread, VoteExchange, payload_headers, world_size_of
 from distsign.kernels import kernels_for
 from distsign.layout import Layout, Shape
 from distsign.registry import ParameterRegistry, VoteError
@@ -39,7 +40,7 @@ _STATE_FORMAT = 1
 
 @dataclass(frozen=True)
 class _Bucket:
-    """What is needed of a `dist.GradBucket`, which must not be kept after the hook returned."""
+    """What is needed of a `GradBucket`, which must not be kept after the hook returned."""
 
     gradient: Tensor
     rows: tuple[int, ...]
@@ -66,8 +67,8 @@ class SignVoteState:
             without an honest vote behind it, whatever `f` colluding voters send.
         carry: keep what was not sent for the next step. Not in this version: must be False.
         owner_carry: keep undecided votes at the owner. Not in this version: must be False.
-        exchange: `"two_phase"`: bytes per rank flat in the number of ranks; `"all_gather"`: each rank counts all ballots
-            itself and trusts no owner, at `(world_size - 1)` times the bytes of one rank's ballots.
+        exchange: `"two_phase"`: bytes per rank flat in the number of ranks; `"all_gather"`: each rank counts all
+            ballots itself and trusts no owner, at `(world_size - 1)` times the bytes of one rank's ballots.
         wire: `"planes"`, two bits a component, or `"auto"`, which is the same in this version.
         bits_per_param: a budget. Not in this version: must be None.
         l2: `l2 * parameter` is added to each worker's raw gradient before the confidence (L2 regularisation as in
@@ -80,7 +81,8 @@ class SignVoteState:
             Set it under loss scaling: thresholds and statistics are in true gradient units.
 
     Raises:
-        ValueError: if an option is out of range or not in this version; at the first step, if the ranks' options differ.
+        ValueError: if an option is out of range or not in this version; at the first step, if the ranks' options
+            differ.
 
     Example:
         >>> from distsign import AdaptiveConfidence
@@ -156,13 +158,12 @@ class SignVoteState:
             VoteError: if the hook has not run although there are several ranks: their gradients were never exchanged.
         """
         del parameter
-        if self._counts.num_steps == 0 and dist.is_available() and dist.is_initialized():
-            if dist.get_world_size(self.process_group) > 1:
-                raise VoteError(
-                    "the optimizer has this SignVoteState, but no bucket has reached its hook, so the ranks would train "
-                    "apart: wrap the model in DistributedDataParallel and call "
-                    "model.register_comm_hook(state, sign_vote_hook) before the first backward"
-                )
+        if self._counts.num_steps == 0 and world_size_of(self.process_group) > 1:
+            raise VoteError(
+                "the optimizer has this SignVoteState, but no bucket has reached its hook, so the ranks would train "
+                "apart: wrap the model in DistributedDataParallel and call "
+                "model.register_comm_hook(state, sign_vote_hook) before the first backward"
+            )
         return 1.0
 
     def traffic(self) -> Traffic:
@@ -197,8 +198,8 @@ class SignVoteState:
         """
         if state_dict.get("format") != _STATE_FORMAT:
             raise ValueError(
-                f"this is no SignVoteState of format {_STATE_FORMAT}: its format is {state_dict.get('format')!r}. Load a "
-                "checkpoint of this version, or start anew"
+                f"this is no SignVoteState of format {_STATE_FORMAT}: its format is {state_dict.get('format')!r}. "
+                "Load a checkpoint of this version, or start anew"
             )
         names = self._registry.names()
         stats: Mapping[str, Tensor] = state_dict["stats"]
@@ -242,7 +243,7 @@ class SignVoteState:
 
     # ---------------------------------------------------------------------------------------------- what the hook does
 
-    def _on_bucket(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def _on_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         self._raise_if_broken()
         if self._exchange is None:
             self._start(bucket)
@@ -261,7 +262,7 @@ class SignVoteState:
             self._flush(is_last=bucket.is_last())
         return future
 
-    def _start(self, bucket: dist.GradBucket) -> None:
+    def _start(self, bucket: GradBucket) -> None:
         self._exchange = exchange = VoteExchange(self.process_group, self.exchange)
         require_margin(self.margin, exchange.world_size)
         options: dict[str, object] = {
@@ -304,7 +305,7 @@ class SignVoteState:
             scale = on_device if isinstance(on_device, Tensor) else scale.get_scale()
         return torch.as_tensor(scale, dtype=torch.float64, device=device).reshape(())
 
-    def _add_l2(self, bucket: dist.GradBucket) -> None:
+    def _add_l2(self, bucket: GradBucket) -> None:
         scale = self._scale(bucket.buffer().device)
         for gradient, parameter in zip(bucket.gradients(), bucket.parameters(), strict=True):
             # A parameter without a gradient of its own (unused, or a rank that has joined) must not vote for decay.
@@ -334,7 +335,12 @@ class SignVoteState:
         scale = self._scale(device)
         ballots = plan.blank.clone()
         count, finite = self._voter.cast(
-            [bucket.gradient.float() for bucket in group], plan.layout, plan.rows, scale, kernels, ballots
+            [bucket.gradient.float() for bucket in group],
+            plan.layout,
+            plan.rows,
+            scale=scale,
+            kernels=kernels,
+            out=ballots,
         )
         ballots = torch.where(finite, ballots, plan.poison)
         self._counts.ballots(sum(plan.layout.lengths), count)
@@ -348,7 +354,7 @@ class SignVoteState:
         """Enqueue a job on the side stream, after what the current stream has done; the host does not wait."""
         device = tensors[0].device
         if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             job()
@@ -375,7 +381,7 @@ class SignVoteState:
             if self._error is None or self._in_backward:
                 bucket.future.set_result(bucket.gradient)
             else:
-                bucket.future.set_exception(self._error)
+                bucket.future.set_exception(self._error)  # type: ignore[arg-type]
 
     def _vote(self, group: list[_Bucket], plan: _Plan, ballots: Tensor, scale: Tensor) -> None:
         assert self._exchange is not None
@@ -404,7 +410,7 @@ class SignVoteState:
             raise self._error
 
 
-def sign_vote_hook(state: SignVoteState, bucket: dist.GradBucket) -> Future[Tensor]:
+def sign_vote_hook(state: SignVoteState, bucket: GradBucket) -> Future[Tensor]:
     """Replace a bucket's gradients by the majority's verdicts, -1, 0 or +1.
 
     1. Each worker casts ballots: the sign of each component where it is confident, else an abstention.
@@ -428,11 +434,11 @@ def sign_vote_hook(state: SignVoteState, bucket: dist.GradBucket) -> Future[Tens
         state = SignVoteState(confidence=AdaptiveConfidence())
         model.register_comm_hook(state, sign_vote_hook)
     """
-    if not isinstance(bucket, dist.GradBucket):
+    if not isinstance(bucket, GradBucket):
         raise TypeError(
             f"sign_vote_hook is a communication hook of DistributedDataParallel and expects its buckets, but got "
-            f"{type(bucket).__name__}: wrap the model in torch.nn.parallel.DistributedDataParallel and register the hook "
-            "there with model.register_comm_hook(state, sign_vote_hook)"
+            f"{type(bucket).__name__}: wrap the model in torch.nn.parallel.DistributedDataParallel and register the "
+            "hook there with model.register_comm_hook(state, sign_vote_hook)"
         )
     if not isinstance(state, SignVoteState):
         raise TypeError(

@@ -123,9 +123,7 @@ class Layout:
         offsets = [sum(sizes[:k]) for k in range(world_size)]
         return cls(
             params=tuple(_params(buckets)),
-            pieces=tuple(
-                _pieces(pieces, place, offsets, planes) for pieces, place in zip(rows, places, strict=True)
-            ),
+            pieces=tuple(_pieces(pieces, place, offsets, planes) for pieces, place in zip(rows, places, strict=True)),
             offsets=tuple(offsets),
             sizes=tuple(sizes),
             owned_elements=tuple(elements),
@@ -137,9 +135,7 @@ def _params(buckets: Sequence[Sequence[Shape]]) -> list[Spans]:
     return [Spans.whole([shape.num_elements for shape in bucket]) for bucket in buckets]
 
 
-def _pieces(
-    pieces: list[tuple[int, int, int, int]], places: list[int], offsets: list[int], planes: list[int]
-) -> Spans:
+def _pieces(pieces: list[tuple[int, int, int, int]], places: list[int], offsets: list[int], planes: list[int]) -> Spans:
     table = np.asarray(pieces, dtype=np.int64).reshape(-1, 4)
     owner = table[:, 3]
     mask_at = np.asarray(offsets, dtype=np.int64)[owner] + HEADER_BYTES + np.asarray(places, dtype=np.int64)

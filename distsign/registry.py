@@ -18,8 +18,8 @@ class VoteError(RuntimeError):
 class ParameterRegistry:
     """Give each parameter a row, for as long as the process lives, whatever bucket it lies in.
 
-    Rows follow the order of `track`, or else the order in which DDP first shows the parameters; both are the same on all
-    ranks, and the same again when a run is resumed.
+    Rows follow the order of `track`, or else the order in which DDP first shows the parameters; both are the same on
+    all ranks, and the same again when a run is resumed.
     """
 
     def __init__(self) -> None:
@@ -58,8 +58,8 @@ class ParameterRegistry:
         """
         if len(self._name_by_row) < len(self._parameters) or not self._parameters:
             raise ValueError(
-                f"{len(self._parameters) - len(self._name_by_row) or 'all'} parameters of this SignVoteState have no name "
-                "to be filed under: pass vote_state=state to the optimizer together with model.named_parameters(), or "
+                f"{len(self._parameters) - len(self._name_by_row) or 'all'} parameters of this SignVoteState have no "
+                "name to be filed under: pass vote_state=state to the optimizer together with model.named_parameters(), or "
                 "call state.track(model.named_parameters())"
             )
         return {name: row for row, name in self._name_by_row.items()}
@@ -74,7 +74,7 @@ class ParameterRegistry:
         if row not in self._guarded:
             self._guarded.add(row)
             # The parameter keeps its hooks alive, so they must not keep the registry and through it the parameter.
-            parameter.register_hook(partial(_before_accumulation, weakref.ref(self), row))
+            parameter.register_hook(partial(_before_accumulation, weakref.ref(self), row))  # type: ignore[no-untyped-call]
         return row
 
     def mark_verdicts(self, rows: Iterable[int]) -> None:
@@ -94,8 +94,8 @@ class ParameterRegistry:
             if gradient is not None and bool(gradient.any()):
                 name = self._name_by_row.get(row, f"number {row}")
                 raise VoteError(
-                    f"a second backward reached parameter {name}, whose .grad still holds the last vote's verdict: their "
-                    "sum would be neither. Call optimizer.zero_grad() after each step, and to accumulate gradients run "
+                    f"a second backward reached parameter {name}, whose .grad still holds the last vote's verdict: "
+                    "their sum would be neither. Call optimizer.zero_grad() after each step, and to accumulate gradients run "
                     "all but the last backward under model.no_sync()"
                 )
             self._holds_verdict.discard(row)

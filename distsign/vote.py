@@ -17,7 +17,8 @@ def require_margin(margin: object, world_size: int | None = None) -> int:
     """
     if isinstance(margin, bool) or not isinstance(margin, int) or margin < 1:
         raise ValueError(
-            f"margin must be an integer of at least 1, got {margin!r}: a verdict needs abs(tally) >= margin, and a tie is 0"
+            f"margin must be an integer of at least 1, got {margin!r}: a verdict needs abs(tally) >= margin, and a tie "
+            "is 0"
         )
     if world_size is not None and margin > world_size:
         raise ValueError(

@@ -18,8 +18,8 @@ __all__ = ["Voter"]
 class Voter:
     """Turn gradients into ballots, and keep the confidence function's stats per parameter.
 
-    Nothing is remembered of a step before `commit`: a step that was poisoned anywhere must leave no trace, and its other
-    buckets may have been voted on before that is known.
+    Nothing is remembered of a step before `commit`: a step that was poisoned anywhere must leave no trace, and its
+    other buckets may have been voted on before that is known.
 
     Args:
         confidence: the confidence function.
@@ -41,7 +41,7 @@ class Voter:
             self.stats = torch.cat([self.stats, self.confidence.init_stats(missing, device)])
 
     def cast(
-        self, grads: Sequence[Tensor], layout: Layout, rows: Tensor, scale: Tensor, kernels: Kernels, out: Tensor
+        self, grads: Sequence[Tensor], layout: Layout, rows: Tensor, *, scale: Tensor, kernels: Kernels, out: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Write the ballots of one exchange group into its buffer.
 

@@ -1,9 +1,9 @@
 """The eight bytes in front of each payload, which say what follows.
 
-    byte 0     format version
-    byte 1     codec of the body
-    byte 2     flags: bit 0 verdicts (else ballots), bit 1 poison
-    bytes 3-7  number of elements, little-endian
+byte 0     format version
+byte 1     codec of the body
+byte 2     flags: bit 0 verdicts (else ballots), bit 1 poison
+bytes 3-7  number of elements, little-endian
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Header:
             expected.verdict,
         ):
             raise PayloadError(
-                f"rank {receiver} expects {expected._describe()} from rank {sender}, but {header._describe()} came: the "
-                "ranks do not train the same model with the same options"
+                f"rank {receiver} expects {expected._describe()} from rank {sender}, but {header._describe()} came: "
+                "the ranks do not train the same model with the same options"
             )
         return header
 

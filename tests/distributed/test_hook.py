@@ -28,7 +28,7 @@ CASES = {
     "no_sync": Case(num_accumulated=3),
     "find_unused_parameters": Case(ddp={"bucket_cap_mb": 0.2, "find_unused_parameters": True}, branch=True),
     "static_graph": Case(ddp={"bucket_cap_mb": 0.2, "static_graph": True}),
-    # Not with no_sync before the first synchronised backward: there torch's own assertion fails, with or without a hook.
+    # Not with no_sync before the first synchronised backward: torch's own assertion fails there, hook or not.
     "static_graph, view": Case(ddp={"bucket_cap_mb": 0.2, "static_graph": True, "gradient_as_bucket_view": True}),
     "gradient_as_bucket_view": Case(ddp={"bucket_cap_mb": 0.2, "gradient_as_bucket_view": True}),
     "view, no_sync": Case(ddp={"gradient_as_bucket_view": True}, num_accumulated=2),
