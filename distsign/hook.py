@@ -1,8 +1,8 @@
 """The DDP communication hook and its state.
 
 A bucket's way: gradient -> confidence -> ballots -> pack -> exchange (tally, verdict) -> unpack into the bucket.
-Packing happens where DDP calls the hook, in the middle of backward; the exchange, and what follows it, on the exchange thread
-(CPU) or on a side stream (CUDA), while backward goes on.
+Packing happens where DDP calls the hook, in the middle of backward; the exchange, and what follows it, on the exchange
+thread (CPU) or on a side stream (CUDA), while backward goes on.
 """
 
 import math
