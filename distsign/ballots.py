@@ -49,6 +49,6 @@ def cast_ballots(confidence: Confidence, grad: Tensor, stats: Tensor) -> tuple[T
     moments = kernels_for(flat.device).moments(flat, Spans.whole([flat.numel()])) if confidence.uses_moments else None
     alpha, new_rows = confidence.thresholds(rows, moments)
     votes = flat.abs() > alpha.float()
-    new_rows = confidence.observe(new_rows, votes.double().mean().reshape(1))
-    ballots = torch.where(votes, flat.sign(), torch.zeros_like(flat)).to(grad.dtype).reshape(grad.shape)
+    new_rows = confidence.observe(new_rows, votes.sum().double().reshape(1) / flat.numel())
+    ballots = torch.where(votes, flat.sign(), 0.0).to(grad.dtype).reshape(grad.shape)
     return ballots, keep_idle_stats(rows, new_rows, moments).reshape(stats.shape)

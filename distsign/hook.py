@@ -7,7 +7,7 @@ thread (CPU) or on a side stream (CUDA), while backward goes on.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -139,6 +139,7 @@ class SignVoteState:
         self._stream: torch.cuda.Stream | None = None
         # Statistics
         self._counts = VoteCounts()
+        self._counted_before = ExchangeBytes()
         self._num_local_steps = 0
 
     # ------------------------------------------------------------------------------------------------- what users call
@@ -169,10 +170,12 @@ class SignVoteState:
     def traffic(self) -> Traffic:
         """Return bytes and densities of this rank so far. On CUDA this waits for the device."""
         self._raise_if_broken()
-        if self._exchange is None:
-            return self._counts.traffic(ExchangeBytes(), 1)
-        self._exchange.raise_if_mismatched()
-        return self._counts.traffic(self._exchange.counted, self._exchange.world_size)
+        if self._exchange is not None:
+            self._exchange.raise_if_mismatched()
+        return self._counts.traffic(self._counted(), world_size_of(self.process_group))
+
+    def _counted(self) -> ExchangeBytes:
+        return self._counted_before + self._exchange.counted if self._exchange is not None else self._counted_before
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a bit-exact resume needs from this rank; each rank has its own.
@@ -186,6 +189,7 @@ class SignVoteState:
         return {
             "format": _STATE_FORMAT,
             "counts": self._counts.state_dict(),
+            "traffic": asdict(self._counted()),
             "stats": {name: stats[row].clone() for name, row in names.items() if row < stats.shape[0]},
         }
 
@@ -217,6 +221,7 @@ class SignVoteState:
                     f"{num_stats}: use the confidence function that the checkpoint was written with"
                 )
         self._counts.load_state_dict(state_dict["counts"])
+        self._counted_before = ExchangeBytes(**state_dict["traffic"])
         self._voter.grow(len(self._registry), self._voter.stats.device)
         for name, row in stats.items():
             self._voter.stats[names[name]] = row.to(self._voter.stats)

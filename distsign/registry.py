@@ -59,8 +59,8 @@ class ParameterRegistry:
         if len(self._name_by_row) < len(self._parameters) or not self._parameters:
             raise ValueError(
                 f"{len(self._parameters) - len(self._name_by_row) or 'all'} parameters of this SignVoteState have no "
-                "name to be filed under: pass vote_state=state to the optimizer together with model.named_parameters(), "
-                "or call state.track(model.named_parameters())"
+                "name to be filed under: pass vote_state=state and model.named_parameters() to the optimizer, or call "
+                "state.track(model.named_parameters())"
             )
         return {name: row for row, name in self._name_by_row.items()}
 
@@ -95,8 +95,8 @@ class ParameterRegistry:
                 name = self._name_by_row.get(row, f"number {row}")
                 raise VoteError(
                     f"a second backward reached parameter {name}, whose .grad still holds the last vote's verdict: "
-                    "their sum would be neither. Call optimizer.zero_grad() after each step, and to accumulate gradients "
-                    "run all but the last backward under model.no_sync()"
+                    "their sum would be neither. Call optimizer.zero_grad() after each step, and to accumulate "
+                    "gradients run all but the last backward under model.no_sync()"
                 )
             self._holds_verdict.discard(row)
 

@@ -5,12 +5,21 @@ Holds bit for bit with `reference`; `tests/test_kernels.py` keeps it so.
 
 from __future__ import annotations
 
+import getpass
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
-from distsign.kernels import jit
 from distsign.kernels.spans import Spans
+
+# The first import compiles for some seconds, later ones read Numba's cache. Of the ranks that start together on one
+# machine, one compiles and the others wait for what it leaves.
+with FileLock(Path(tempfile.gettempdir()) / f"distsign-numba-{getpass.getuser()}.lock"):
+    from distsign.kernels import jit
 
 __all__ = ["moments", "pack", "tally", "unpack"]
 

@@ -31,8 +31,14 @@ _CHUNK = 512
 _WORDS = _CHUNK // 8
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 
-_jit: Any = numba.njit(nogil=True, error_model="numpy", cache=True)
+_OPTIONS: Any = {"nogil": True, "error_model": "numpy", "cache": True}
+_jit: Any = numba.njit(**_OPTIONS)
 _inline: Any = numba.njit(nogil=True, error_model="numpy", inline="always")
+
+
+def _compiled(signature: str) -> Any:
+    """Compile at import: the first call may come while other ranks wait for this one under a timeout."""
+    return numba.njit(signature, **_OPTIONS)
 
 
 # ---------------------------------------------------------------------------------------------------------------- pack
@@ -89,7 +95,9 @@ def _popcount(m):
     return np.uint32(m * np.uint32(0x01010101)) >> np.uint32(24)
 
 
-@_jit
+@_compiled(
+    "(uint32[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], uint32[::1], uint8[::1], int64[::1])"
+)
 def pack_ballots(x, start, length, row, mask_at, sign_at, limits, out, counts):
     # One array for all that is kept per lane: LLVM compares at most eight pairs of pointers before it gives up.
     lanes = np.zeros(4 * LANES, np.uint32)  # masks, signs, overflows, counts of votes
@@ -163,7 +171,7 @@ def _store8(out, at, m, s, value):
     out[at + 7 * LANES] = (value ^ ((s & np.uint32(128)) << np.uint32(24))) if m & np.uint32(128) else _ZERO
 
 
-@_jit
+@_compiled("(uint8[::1], int64[::1], int64[::1], int64[::1], int64[::1], uint32, uint32[::1])")
 def unpack_verdicts(payload, start, length, mask_at, sign_at, value, out):
     lanes = np.zeros(2 * LANES, np.uint32)  # masks, signs
     lane_bytes = lanes.view(np.uint8)
@@ -233,7 +241,7 @@ def _compare(places, constant, num_places, greater, equal):
                 equal[i] &= ~places[place, i]
 
 
-@_jit
+@_compiled("(uint8[:, ::1], int64, int64, int64, int64, int64, uint8[::1])")
 def count_ballots(payloads, body_at, num_bytes, up, down, num_places, out):
     """Bit-sliced count, `_CHUNK` bytes of every plane at a time.
 
@@ -347,7 +355,7 @@ def _fold(terms):
     return terms[0]
 
 
-@_jit
+@_compiled("(float32[::1], int64[::1], int64[::1], int64[::1], float64[:, ::1])")
 def find_moments(x, start, length, row, out):
     for k in range(start.size):
         if length[k]:

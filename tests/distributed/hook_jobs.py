@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -357,7 +357,10 @@ def resume(rank: int, world_size: int) -> None:
     train(resumed, optimizer, range(5, 10))
     assert digest(unbroken[0]) == digest(resumed[0])
     assert torch.equal(unbroken[2]._voter.stats, resumed[2]._voter.stats)
-    assert unbroken[2].traffic().num_steps == resumed[2].traffic().num_steps
+    whole, parts = unbroken[2].traffic(), resumed[2].traffic()
+    # A new process begins with DDP's first bucket layout again, so that one step more has other headers.
+    assert abs(whole.sent_bytes - parts.sent_bytes) < 200
+    assert replace(whole, sent_bytes=0, received_bytes=0) == replace(parts, sent_bytes=0, received_bytes=0)
     for built in (unbroken, broken, resumed):
         built[2].close()
 
