@@ -107,7 +107,7 @@ def _reachable(url: str) -> bool:
 def _download(folder: Path) -> None:
     """Download the four files into `folder`; each appears there whole and checked, or not at all."""
     if not _reachable(PROJECT_URL):
-        raise data.DataError(f"{urlsplit(PROJECT_URL).hostname} cannot be reached (waited up to {CONNECT_TIMEOUT_S:g} s)")
+        raise data.DataError(f"{urlsplit(PROJECT_URL).hostname} cannot be reached in {CONNECT_TIMEOUT_S:g} s")
     folder.mkdir(parents=True, exist_ok=True)
     for name in data.FILES:
         if data.file_in(folder, name) is not None:
