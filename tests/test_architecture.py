@@ -46,14 +46,13 @@ def tree_of(name: str) -> ast.Module:
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """Return what a module imports, wherever it does: `from a import b` as `a` and `a.b`."""
+    """Return what a module imports, wherever it does: `from a import b` as `a.b`, whatever `b` is."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, "relative imports hide where they point"
-            found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and called(node) in {"import_module", "__import__"}:
             literal = node.args and isinstance(node.args[0], ast.Constant)
@@ -69,8 +68,9 @@ def called(node: ast.Call) -> str:
 
 
 def own_imports(name: str) -> set[str]:
-    """Return the modules of the library that a module imports by name."""
-    return {found for found in imports(tree_of(name)) if found in MODULES and found != name}
+    """Return the modules of the library that a module imports: `a.b` where that is one, else `a`, where it is from."""
+    found = {module if module in MODULES else module.rpartition(".")[0] for module in imports(tree_of(name))}
+    return {module for module in found if module in MODULES and module != name}
 
 
 def part(name: str) -> str:
@@ -209,8 +209,9 @@ def test_uses_of_distributed_are_found(source: str, found: set[str]) -> None:
     ("source", "found"),
     [
         ("import distsign.hook", {"distsign.hook"}),
-        ("from distsign import hook", {"distsign", "distsign.hook"}),
-        ("def f():\n    from distsign.hook import sign_vote_hook", {"distsign.hook", "distsign.hook.sign_vote_hook"}),
+        ("from distsign import hook, vote as v", {"distsign.hook", "distsign.vote"}),
+        ("def f():\n    from distsign.hook import sign_vote_hook", {"distsign.hook.sign_vote_hook"}),
+        ("from launch import train", {"launch.train"}),
         ("import importlib\nimportlib.import_module('launch.train')", {"importlib", "launch.train"}),
         ("import importlib\nimportlib.import_module(name)", {"importlib", "<computed>"}),
     ],

@@ -198,31 +198,30 @@ def moving_scale(step: int) -> float:
     return 1e-2 * math.exp(-step / 19 + 0.3 * math.sin(step))
 
 
-every_scale = pytest.mark.parametrize("scale", [constant_scale, moving_scale])
-every_density = pytest.mark.parametrize("density", [0.3, 0.1, 0.02])
+every_case = pytest.mark.parametrize(
+    ("scale", "density"), [(constant_scale, 0.1), (moving_scale, 0.3), (moving_scale, 0.1), (moving_scale, 0.02)]
+)
 
 
-@every_density
-@every_scale
+@every_case
 @pytest.mark.parametrize("stream", STREAMS)
 def test_target_density_reaches_its_target(stream: str, scale: Callable[[int], float], density: float) -> None:
     generator = gradients(6)
     draw = STREAMS[stream]
-    densities = run(TargetDensity(density), lambda step: draw((20_000,), generator) * scale(step), 160)[60:]
-    assert sum(densities) / 100 == pytest.approx(density, rel=0.05), "on average"
+    densities = run(TargetDensity(density), lambda step: draw((20_000,), generator) * scale(step), 110)[60:]
+    assert sum(densities) / 50 == pytest.approx(density, rel=0.05), "on average"
     within = sum(abs(d - density) <= 0.2 * density for d in densities)
     # One outlier moves a heavy-tailed stream's std(g), and with it alpha, in a step that no controller can foresee.
-    assert within >= (90 if stream == "student" else 100)
+    assert within >= (45 if stream == "student" else 50)
 
 
-@every_density
-@every_scale
+@every_case
 def test_target_density_holds_on_average_where_the_variance_is_infinite(
     scale: Callable[[int], float], density: float
 ) -> None:
     """A single step may then be far off, from next to nothing to 2.6 times the target."""
     generator = gradients(6)
-    densities = run(TargetDensity(density), lambda step: heavier((20_000,), generator) * scale(step), 200)[60:]
+    densities = run(TargetDensity(density), lambda step: heavier((10_000,), generator) * scale(step), 200)[60:]
     assert sum(densities) / 140 == pytest.approx(density, rel=0.2)
     assert max(densities) <= 3 * density
 

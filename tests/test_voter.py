@@ -63,7 +63,12 @@ class Worker:
         out = torch.zeros(self.layout.buffer_bytes, dtype=torch.uint8)
         before = [grad.clone() for grad in grads]
         count, finite = self.voter.cast(
-            grads, self.layout, self.rows, torch.tensor(scale, dtype=torch.float64), self.kernels, out
+            grads,
+            self.layout,
+            self.rows,
+            scale=torch.tensor(scale, dtype=torch.float64),
+            kernels=self.kernels,
+            out=out,
         )
         assert all(torch.equal(a, b) or not b.isfinite().all() for a, b in zip(grads, before, strict=True))
         ballots: list[Tensor] = []
@@ -157,9 +162,8 @@ def test_a_bad_number_anywhere_is_said(confidence: Confidence, kernels: Kernels,
 def test_headers_are_left_alone(confidence: Confidence) -> None:
     worker = Worker(confidence)
     out = torch.full((worker.layout.buffer_bytes,), 0x5A, dtype=torch.uint8)
-    worker.voter.cast(
-        worker.gradient(0), worker.layout, worker.rows, torch.ones((), dtype=torch.float64), worker.kernels, out
-    )
+    scale = torch.ones((), dtype=torch.float64)
+    worker.voter.cast(worker.gradient(0), worker.layout, worker.rows, scale=scale, kernels=worker.kernels, out=out)
     for offset in worker.layout.offsets:
         assert out[offset : offset + 8].eq(0x5A).all()
 
