@@ -3,7 +3,7 @@
 The steps of a run:
 
 1. Check the options, before anything is started; an error is one line and exit code 2, on every rank alike.
-2. On each machine the first rank sees to the data and to compiled kernels, then all join the process group.
+2. On each machine the first rank sees to the data, then all join the process group.
 3. Build the model from the seed, wrap it in DDP, register the hook, make the optimizer, load the checkpoint.
 4. Train; test every so often, and write a line of metrics each time.
 
@@ -40,7 +40,6 @@ from launch.options import RESUME_IF_THERE, TrainOptions, UsageError, exit_with,
 from launch.runtime import Ranks, agree, choose_device, start
 from launch.schemes import HOOKS, Combiner, make_optimizer
 from launch.tasks import TASKS, Shard, Task
-from launch.warmup import compile_kernels
 
 DEFAULT_EPOCHS = 4.0
 NUM_UNTIMED_STEPS = 5
@@ -268,8 +267,6 @@ def main(argv: list[str] | None = None) -> None:
         options = parse_options(argv)
         ranks = Ranks.from_environment()
         device = choose_device(options.device, ranks)
-        if options.hook == "sign-vote" and device.type == "cpu" and ranks.local_rank == 0:
-            compile_kernels()
         if TASKS[options.task].uses_images and ranks.local_rank == 0:
             fetch_fashion_mnist(
                 options.data, say=lambda text: print(f"launch.train: {text}", file=sys.stderr, flush=True)

@@ -10,6 +10,4 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     """In a fresh clone Numba has to compile first: once here, not in eight ranks, and on no test's time limit."""
     if session.config.option.collectonly or session.testsfailed:
         return
-    from launch.warmup import compile_kernels
-
-    compile_kernels()
+    import distsign.kernels.cpu  # noqa: F401 - compiles, once a machine
