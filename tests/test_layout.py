@@ -90,6 +90,12 @@ def test_small_parameters_are_owned_whole_and_large_ones_by_all(index: int, num_
         assert owners == list(range(world_size))
 
 
+@pytest.mark.parametrize(("world_size", "least"), [(2, 1024), (32, 1024), (33, 1056), (64, 2048)])
+def test_the_smallest_parameter_that_is_cut(world_size: int, least: int) -> None:
+    assert len(shards(Shape(3, least - 1), world_size)) == 1
+    assert len(shards(Shape(3, least), world_size)) == world_size
+
+
 @settings(max_examples=300)
 @given(st.integers(1024, 200_000), WORLD_SIZES)
 def test_pieces_differ_by_at_most_32_elements(num_elements: int, world_size: int) -> None:

@@ -195,6 +195,7 @@ def test_commit_remembers_every_parameter(confidence: Confidence) -> None:
     changed = (worker.voter.stats != before).any(1)
     # Adaptive: a parameter of one element has no spread, so that its deviation stays 0.
     assert changed.tolist() == [True, True, isinstance(confidence, TargetDensity), True, True]
+    worker.voter.stats += 1.0  # a checkpoint is loaded
     after = worker.voter.stats.clone()
     worker.voter.commit(CLEAN)
     assert torch.equal(worker.voter.stats, after), "once"
