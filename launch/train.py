@@ -283,9 +283,9 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    # Straight out, without tearing the interpreter down: one of four ranks once aborted there, after its last line, with
-    # "terminate called without an active exception", and the run counted as failed. The cause is not established; a
-    # thread of Gloo that asks for the interpreter's lock too late would look like that.
+    # Straight out, without tearing the interpreter down: one of four ranks once aborted there, after the last line,
+    # with "terminate called without an active exception", and the run counted as failed. The cause is not
+    # established; a thread of Gloo that asks for the interpreter's lock too late would look like that.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
