@@ -1,6 +1,7 @@
 """The only file that calls a collective.
 
-`VoteExchange` carries ballots to the owners and verdicts back, and counts every byte where the collective is called.
+`VoteExchange` carries ballots to the owners and verdicts back, and counts every byte of payload where the collective is
+called.
 On CPU it runs on one `ExchangeThread`: a second collective started and awaited inside a `Future.then` callback hangs on
 Gloo, and on the default group it would race with DDP's own collectives (measured facts in DESIGN.md). On CUDA the same
 code is enqueued on a side stream and the host waits for nothing.
@@ -71,13 +72,15 @@ class VoteExchange:
         if world_size_of(process_group) > 1:
             parent = process_group or dist.group.WORLD
             assert parent is not None
-            self.rank, self.world_size = dist.get_rank(parent), dist.get_world_size(parent)
-            self.group = dist.new_group(
-                dist.get_process_group_ranks(parent),
-                timeout=_timeout_of(parent),
-                backend=dist.get_backend(parent),
-                use_local_synchronization=True,
-            )
+            self.group = _twin_of(parent)
+            self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+
+    def close(self) -> None:
+        """Give the group back, with its sockets and threads; the object must not be used afterwards."""
+        # torch names the twin of a subgroup by how many groups there are, and would reuse the name of one given back.
+        if self.group is not None and self.world_size == dist.get_world_size():
+            dist.destroy_process_group(self.group)
+        self.group = None
 
     def describe(self) -> str:
         """Return the voters in words, for errors."""
@@ -105,11 +108,18 @@ class VoteExchange:
         sender = dist.get_global_rank(self.group, source)
         dist.broadcast_object_list(box, sender, group=self.group)
         nest, kinds = box[0]
-        if self.rank != source:
-            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
-        for tensor in tensors:
+        # NCCL carries no tensors of the CPU, where Adam keeps its step.
+        on_wire = "cuda" if dist.get_backend(self.group) == "nccl" else None
+        arrived = []
+        for index, (shape, dtype, device) in enumerate(kinds):
+            wire_device = on_wire or device
+            if self.rank == source:
+                tensor = tensors[index].to(wire_device)
+            else:
+                tensor = torch.empty(shape, dtype=dtype, device=wire_device)
             dist.broadcast(tensor, sender, group=self.group)
-        return value if self.rank == source else _put_tensors(nest, tensors)
+            arrived.append(tensor.to(device))
+        return value if self.rank == source else _put_tensors(nest, arrived)
 
     def vote(self, layout: Layout, ballots: Tensor, margin: int, kernels: Kernels) -> tuple[Tensor, Tensor]:
         """Exchange ballots for verdicts.
@@ -239,6 +249,31 @@ def _put_tensors(nest: Any, tensors: list[Tensor]) -> Any:
     return nest
 
 
+def _twin_of(parent: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Make a group of the same ranks, with the same backend and timeout.
+
+    Raises:
+        ValueError: if the ranks of a subgroup know different numbers of groups, so that torch would wait in vain.
+    """
+    ranks = dist.get_process_group_ranks(parent)
+    # A group that all ranks make is numbered alike everywhere. Only a subgroup's ranks can make its twin by themselves,
+    # and torch then names it by the number of groups that each rank knows.
+    local = len(ranks) < dist.get_world_size()
+    if local:
+        known: list[Any] = [None] * len(ranks)
+        dist.all_gather_object(known, len(dist.distributed_c10d._world.pg_names), group=parent)
+        if len(set(known)) > 1:
+            raise ValueError(
+                f"the vote needs a process group of its own among ranks {ranks}, but these are in {known} groups so "
+                "far, and torch can make one only where that is the same number: let them all be in as many groups "
+                "before the first backward"
+            )
+    twin: dist.ProcessGroup = dist.new_group(
+        ranks, timeout=_timeout_of(parent), backend=dist.get_backend(parent), use_local_synchronization=local
+    )
+    return twin
+
+
 def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
     """Return the group's timeout: what a user set on it must hold for our group too."""
     for device_type in ("cpu", "cuda"):
@@ -300,9 +335,11 @@ class ExchangeThread:
 
 def _serve(jobs: SimpleQueue[Callable[[], None] | None], owner: weakref.ref[ExchangeThread]) -> None:
     while (job := jobs.get()) is not None:
-        job()
-        del job  # it holds a bucket
-        thread = owner()
-        if thread is not None:
-            thread._done()
-        del thread
+        try:
+            job()
+        finally:
+            del job  # it holds a bucket
+            thread = owner()
+            if thread is not None:
+                thread._done()
+            del thread

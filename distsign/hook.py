@@ -116,12 +116,16 @@ class SignVoteState:
             raise ValueError(f"wire must be 'auto' or 'planes', got {wire!r}")
         if isinstance(l2, bool) or not (isinstance(l2, (int, float)) and 0.0 <= l2 < math.inf):
             raise ValueError(f"l2 must be a number of at least 0, got {l2!r}")
-        _refuse_until_later(carry=carry, owner_carry=owner_carry)
-        _refuse_until_later(bits_per_param=bits_per_param, exclude=exclude, ranks_per_node=ranks_per_node)
+        if confidence.requires_carry:
+            raise ValueError(f"{confidence!r} requires a carry, which this version of distsign does not keep yet")
+        _refuse_until_later(carry=carry, owner_carry=owner_carry, bits_per_param=bits_per_param)
+        _refuse_until_later(exclude=exclude, ranks_per_node=ranks_per_node)
         # Hyperparameters
         self.process_group = process_group
         self.confidence = confidence
         self.margin = require_margin(margin)
+        if dist.is_available() and dist.is_initialized():
+            require_margin(margin, world_size_of(process_group))
         self.exchange = exchange
         self.wire = wire
         self.l2 = float(l2)
@@ -135,6 +139,7 @@ class SignVoteState:
         self._group: list[_Bucket] = []
         self._error: VoteError | None = None
         self._in_backward = False
+        self._device: torch.device | None = None
         self._poisoned = torch.zeros((), dtype=torch.bool)
         self._stream: torch.cuda.Stream | None = None
         # Statistics
@@ -159,6 +164,7 @@ class SignVoteState:
             VoteError: if the hook has not run although there are several ranks: their gradients were never exchanged.
         """
         del parameter
+        self._raise_if_broken()
         if self._counts.num_steps == 0 and world_size_of(self.process_group) > 1:
             raise VoteError(
                 "the optimizer has this SignVoteState, but no bucket has reached its hook, so the ranks would train "
@@ -188,6 +194,7 @@ class SignVoteState:
         stats = self._voter.stats
         return {
             "format": _STATE_FORMAT,
+            "confidence": repr(self.confidence),
             "counts": self._counts.state_dict(),
             "traffic": asdict(self._counted()),
             "stats": {name: stats[row].clone() for name, row in names.items() if row < stats.shape[0]},
@@ -213,18 +220,20 @@ class SignVoteState:
                 f"the checkpoint holds parameters that this model does not have, {strangers[0]!r} among "
                 f"{len(strangers)}: load the checkpoint of this model"
             )
-        num_stats = self.confidence.num_stats
-        for name, row in stats.items():
-            if row.shape != (num_stats,):
-                raise ValueError(
-                    f"the checkpoint keeps {row.numel()} numbers for {name!r}, but {self.confidence!r} keeps "
-                    f"{num_stats}: use the confidence function that the checkpoint was written with"
-                )
+        if state_dict["confidence"] != repr(self.confidence):
+            raise ValueError(
+                f"the checkpoint was written with {state_dict['confidence']}, whose statistics mean nothing to "
+                f"{self.confidence!r}: use the confidence function that the checkpoint was written with"
+            )
         self._counts.load_state_dict(state_dict["counts"])
         self._counted_before = ExchangeBytes(**state_dict["traffic"])
-        self._voter.grow(len(self._registry), self._voter.stats.device)
+        if self._exchange is not None:
+            self._exchange.counted = ExchangeBytes()
+        device = self._voter.stats.device
+        self._voter = Voter(self.confidence)
+        self._voter.grow(len(self._registry), device)
         for name, row in stats.items():
-            self._voter.stats[names[name]] = row.to(self._voter.stats)
+            self._voter.stats[names[name]] = row.to(device)
 
     def sync_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the optimizer's state equal on all ranks, after training under `Join` with uneven inputs.
@@ -241,23 +250,30 @@ class SignVoteState:
         steps = exchange.gather(self._num_local_steps)
         source = max(range(len(steps)), key=lambda rank: (steps[rank], rank))
         optimizer.load_state_dict(exchange.broadcast(optimizer.state_dict(), source))
+        self._num_local_steps = 0  # the ranks are level again
 
     def close(self) -> None:
-        """End the exchange thread. The state must not be used afterwards."""
+        """End the exchange thread and give its process group back. The state must not be used afterwards.
+
+        Call it before `dist.destroy_process_group()`; a process that ends need not.
+        """
         self._thread.close()
+        if self._exchange is not None:
+            self._exchange.close()
 
     # ---------------------------------------------------------------------------------------------- what the hook does
 
     def _on_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         self._raise_if_broken()
-        if self._exchange is None:
-            self._start(bucket)
-        if bucket.index() == 0:
-            self._begin_step()
         gradient = bucket.buffer()
         device = gradient.device
-        future: Future[Tensor] = Future() if device.type == "cpu" else Future(devices=[device])
+        self._check_bucket(bucket)
         rows = tuple(self._registry.see(parameter) for parameter in bucket.parameters())
+        if self._exchange is None:
+            self._exchange = self._start(bucket, rows)
+        if bucket.index() == 0:
+            self._begin_step()
+        future: Future[Tensor] = Future() if device.type == "cpu" else Future(devices=[device])
         self._voter.grow(len(self._registry), device)
         if self.l2:
             self._add_l2(bucket)
@@ -267,26 +283,55 @@ class SignVoteState:
             self._flush(is_last=bucket.is_last())
         return future
 
-    def _start(self, bucket: GradBucket) -> None:
-        self._exchange = exchange = VoteExchange(self.process_group, self.exchange)
-        require_margin(self.margin, exchange.world_size)
+    def _check_bucket(self, bucket: GradBucket) -> None:
+        gradient = bucket.buffer()
+        # Of the parameters: DDP shows the gradients of complex ones as real numbers.
+        strange = [p.dtype for p in bucket.parameters() if not p.is_floating_point()]
+        if strange:
+            raise ValueError(
+                f"gradients must be float32, bfloat16 or float16 to be voted on, got {strange[0]}: the sign of a "
+                "complex number is not in {-1, 0, +1}; make such parameters real, or keep them out of DDP"
+            )
+        if self._device is None:
+            self._device = gradient.device
+        if gradient.device != self._device:
+            raise ValueError(
+                f"one SignVoteState votes on one device, {self._device}, but a bucket on {gradient.device} came: keep "
+                "the model on one device a rank, and use one state a model"
+            )
+        if gradient.dtype == torch.float16 and self.confidence.raw_units and self.loss_scale is None:
+            raise ValueError(
+                f"{self.confidence!r} is in units of the raw gradient, and float16 gradients usually carry a "
+                "loss scale that is not known here: set state.loss_scale to the GradScaler, or to 1.0 if there is none"
+            )
+
+    def _start(self, bucket: GradBucket, rows: tuple[int, ...]) -> VoteExchange:
+        kernels_for(bucket.buffer().device)  # compiles the first time: before others wait for this rank under a timeout
+        exchange = VoteExchange(self.process_group, self.exchange)
+        scale = self.loss_scale
         options: dict[str, object] = {
-            "confidence": repr(self.confidence),
+            "confidence": self.confidence,
             "margin": self.margin,
             "exchange": self.exchange,
             "wire": self.wire,
             "l2": self.l2,
-            "loss_scale": type(self.loss_scale).__name__ if self.loss_scale is not None else None,
+            "loss_scale": scale if scale is None or isinstance(scale, (int, float)) else type(scale).__name__,
             "number of buckets": "several" if not bucket.is_last() else 1,
-            "shapes in the first bucket": [tuple(p.shape) for p in bucket.parameters()],
             "dtype of the first bucket": bucket.buffer().dtype,
+            "parameters of the first bucket": [
+                (row, self._registry.name(row), tuple(p.shape))
+                for row, p in zip(rows, bucket.parameters(), strict=True)
+            ],
         }
         require_agreement(exchange.gather(options))
+        require_margin(self.margin, exchange.world_size)
+        return exchange
 
     def _begin_step(self) -> None:
-        # Nothing is left here but after a step that broke off, and its other half is lost.
+        # Something is left here only after a step that broke off, and its other half is lost.
+        self._thread.wait()
         self._group.clear()
-        self._voter.forget()
+        self._voter.begin_step()
         self._counts.begin_step()
         self._poisoned = torch.zeros((), dtype=torch.bool)
         # Outside of backward DDP calls the hook with zeros, for a rank that has joined (`Join`, uneven inputs).
@@ -383,6 +428,10 @@ class SignVoteState:
             )
             self._error.__cause__ = error
         for bucket in group:
+            if self._error is not None:
+                bucket.gradient.fill_(
+                    math.nan
+                )  # whatever the caller does about the error, nothing may be trained on it
             if self._error is None or self._in_backward:
                 bucket.future.set_result(bucket.gradient)
             else:
@@ -455,8 +504,7 @@ def sign_vote_hook(state: SignVoteState, bucket: GradBucket) -> Future[Tensor]:
 
 def _refuse_until_later(**options: object) -> None:
     for name, value in options.items():
-        if value is not None and value is not False:
+        if value not in (None, False, (), []):
             raise ValueError(
-                f"{name}={value!r} is not in this version of distsign: it needs the carry, which comes next. Leave "
-                f"{name} out"
+                f"{name}={value!r} is not in this version of distsign, it comes with a later one: leave it out"
             )

@@ -40,7 +40,7 @@ def shards(shape: Shape, world_size: int) -> list[tuple[int, int, int]]:
     """Return `(owner, start, stop)` for each piece of a parameter, in order, together covering it once.
 
     Parameters below 1024 elements, or below 32 elements a rank, belong whole to rank `index % world_size`; larger ones
-    are cut into `world_size` pieces that differ by at most 32 elements.
+    are cut into `world_size` pieces that differ by fewer than 64 elements.
 
     Example:
         >>> shards(Shape(index=5, num_elements=10), world_size=4)

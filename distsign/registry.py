@@ -5,7 +5,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["ParameterRegistry", "VoteError"]
@@ -26,7 +28,8 @@ class ParameterRegistry:
         self._parameters: list[Tensor] = []
         self._row_by_id: dict[int, int] = {}
         self._name_by_row: dict[int, str] = {}
-        self._guarded: set[int] = set()
+        self._row_by_name: dict[str, int] = {}
+        self._accumulators: dict[int, Any] = {}
         self._holds_verdict: set[int] = set()
 
     def __len__(self) -> int:
@@ -42,8 +45,7 @@ class ParameterRegistry:
             if not parameter.requires_grad:
                 continue
             row = self._row(parameter)
-            other = next((r for r, n in self._name_by_row.items() if n == name and r != row), None)
-            if other is not None:
+            if self._row_by_name.setdefault(name, row) != row:
                 raise ValueError(
                     f"two parameters are named {name!r}: track the parameters of one model, "
                     "`state.track(model.named_parameters())`, and use one state a model"
@@ -64,6 +66,10 @@ class ParameterRegistry:
             )
         return {name: row for row, name in self._name_by_row.items()}
 
+    def name(self, row: int) -> str | None:
+        """Return the name of the parameter in a row, None where it has none."""
+        return self._name_by_row.get(row)
+
     def num_elements(self, row: int) -> int:
         """Return the size of the parameter in a row."""
         return self._parameters[row].numel()
@@ -71,10 +77,14 @@ class ParameterRegistry:
     def see(self, parameter: Tensor) -> int:
         """Return the row of a parameter that DDP exchanges, and watch its `.grad` from now on."""
         row = self._row(parameter)
-        if row not in self._guarded:
-            self._guarded.add(row)
-            # The parameter keeps its hooks alive, so they must not keep the registry and through it the parameter.
-            parameter.register_hook(partial(_before_accumulation, weakref.ref(self), row))  # type: ignore[no-untyped-call]
+        if row not in self._accumulators:
+            # On the node that adds to .grad, not on the tensor: torch.autograd.grad adds nothing. It keeps its hooks
+            # alive, so they must not keep the registry and through it the parameter.
+            with torch.enable_grad():
+                node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+            assert node is not None
+            node.register_prehook(partial(_before_accumulation, weakref.ref(self), row))
+            self._accumulators[row] = node
         return row
 
     def mark_verdicts(self, rows: Iterable[int]) -> None:
@@ -95,14 +105,14 @@ class ParameterRegistry:
                 name = self._name_by_row.get(row, f"number {row}")
                 raise VoteError(
                     f"a second backward reached parameter {name}, whose .grad still holds the last vote's verdict: "
-                    "their sum would be neither. Call optimizer.zero_grad() after each step, and to accumulate "
+                    "their sum would be neither. Call zero_grad() after each step, and to accumulate "
                     "gradients run all but the last backward under model.no_sync()"
                 )
             self._holds_verdict.discard(row)
 
 
-def _before_accumulation(registry: weakref.ref[ParameterRegistry], row: int, gradient: Tensor) -> None:
-    del gradient
+def _before_accumulation(registry: weakref.ref[ParameterRegistry], row: int, gradients: tuple[Tensor, ...]) -> None:
+    del gradients
     alive = registry()
     if alive is not None:
         alive._check_accumulation(row)

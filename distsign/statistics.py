@@ -24,8 +24,8 @@ class VoteCounts:
         self._elements_exchanged = 0
         self._num_elements = 0
         self._step = torch.zeros(2, dtype=torch.int64)
-        # clean steps, their elements, ballots and verdicts
-        self._clean = torch.zeros(4, dtype=torch.int64)
+        # poisoned steps; and of the others elements, ballots and verdicts
+        self._totals = torch.zeros(4, dtype=torch.int64)
 
     def begin_step(self) -> None:
         """Start a step; what an unfinished one had counted is dropped."""
@@ -46,29 +46,30 @@ class VoteCounts:
 
     def end_step(self, poisoned: Tensor) -> None:
         """Add the step to the totals, unless it was poisoned."""
-        found = torch.cat([self._step.new_tensor([1, self._num_elements]), self._step])
-        self._clean = self._clean.to(found.device) + torch.where(poisoned, torch.zeros_like(found), found)
+        clean = torch.cat([self._step.new_tensor([0, self._num_elements]), self._step])
+        bad = clean.new_tensor([1, 0, 0, 0])
+        self._totals = self._totals.to(clean.device) + torch.where(poisoned, bad, clean)
 
     def traffic(self, counted: ExchangeBytes, world_size: int) -> Traffic:
         """Return the report. Waits for the device."""
-        clean_steps, elements, ballots, verdicts = self._clean.tolist()
+        poisoned_steps, elements, ballots, verdicts = self._totals.tolist()
         return Traffic(
             sent_bytes=counted.sent_bytes,
             received_bytes=counted.received_bytes,
             fp32_bytes=ring_all_reduce_bytes(self._elements_exchanged, 4, world_size),
             bf16_bytes=ring_all_reduce_bytes(self._elements_exchanged, 2, world_size),
             num_steps=self.num_steps,
-            num_poisoned_steps=self.num_steps - clean_steps,
+            num_poisoned_steps=poisoned_steps,
             ballot_density=ballots / elements if elements else 0.0,
             verdict_density=verdicts / elements if elements else 0.0,
         )
 
     def state_dict(self) -> dict[str, object]:
         """Return the totals."""
-        return {"num_steps": self.num_steps, "elements": self._elements_exchanged, "clean": self._clean.tolist()}
+        return {"num_steps": self.num_steps, "elements": self._elements_exchanged, "totals": self._totals.tolist()}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from `state_dict()`."""
         self.num_steps = int(state["num_steps"])  # type: ignore[call-overload]
         self._elements_exchanged = int(state["elements"])  # type: ignore[call-overload]
-        self._clean = torch.tensor(state["clean"], dtype=torch.int64)
+        self._totals = torch.tensor(state["totals"], dtype=torch.int64)

@@ -32,6 +32,8 @@ class Voter:
         self.confidence = confidence
         self.stats = confidence.init_stats(0)
         self._pending: list[tuple[Tensor, Tensor]] = []
+        # Kept until the next step: on CUDA, `commit` runs on another stream than the one that will reuse their memory.
+        self._committed: list[tuple[Tensor, Tensor]] = []
 
     def grow(self, num_params: int, device: torch.device) -> None:
         """Make room for parameters up to `num_params`, on this device."""
@@ -65,13 +67,10 @@ class Voter:
         thresholds = (alpha * scale).float()
         counts = torch.zeros(len(layout.lengths), dtype=torch.int64, device=out.device)
         finite = torch.ones((), dtype=torch.bool, device=out.device)
-        first = 0
-        for grad, params, pieces in zip(grads, layout.params, layout.pieces, strict=True):
-            last = first + params.length.size
+        for grad, pieces in zip(grads, layout.pieces, strict=True):
             part, ok = kernels.pack(grad, pieces, thresholds, out)
-            counts[first:last] = part[first:last]
+            counts += part
             finite = finite & ok
-            first = last
         lengths = torch.tensor(layout.lengths, dtype=torch.float64, device=out.device)
         new = self.confidence.observe(new, counts / lengths.clamp(min=1.0))
         self._pending.append((rows, keep_idle_stats(old, new, moments)))
@@ -85,8 +84,9 @@ class Voter:
         """
         for rows, new in self._pending:
             self.stats[rows] = torch.where(poisoned, self.stats[rows], new)
-        self._pending.clear()
+        self._committed, self._pending = self._pending, []
 
-    def forget(self) -> None:
-        """Drop what a step left behind that never came to its end."""
+    def begin_step(self) -> None:
+        """Drop what the last step cast: it is committed, or the step broke off."""
         self._pending.clear()
+        self._committed.clear()

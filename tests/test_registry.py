@@ -188,10 +188,14 @@ def test_only_what_was_voted_on_is_guarded() -> None:
 def test_seeing_a_parameter_often_watches_it_once() -> None:
     parameter = nn.Parameter(torch.ones(2))
     registry = ParameterRegistry()
+    looks = []
+    registry._check_accumulation = looks.append
     for _ in range(5):
         registry.see(parameter)
-    hooks = parameter._backward_hooks
-    assert hooks is not None and len(hooks) == 1
+    parameter.sum().backward()
+    assert looks == [0]
+    torch.autograd.grad(parameter.sum(), parameter)
+    assert looks == [0], "nothing was added to .grad"
 
 
 def test_a_registry_that_is_gone_guards_nothing_and_is_not_kept_alive() -> None:

@@ -154,7 +154,7 @@ def test_a_bad_number_anywhere_is_said(confidence: Confidence, kernels: Kernels,
         grads = worker.gradient(1)
         grads[bucket][at] = bad
         assert not worker.cast(grads).finite
-    worker.voter.forget()
+    worker.voter.begin_step()
     assert worker.cast(worker.gradient(1)).finite
 
 
@@ -181,7 +181,7 @@ def test_nothing_is_remembered_before_commit(confidence: Confidence) -> None:
     assert torch.equal(worker.voter.stats, before)
     second = worker.cast(worker.gradient(1))
     assert torch.equal(first.out, second.out), "and so the same gradient casts the same ballots"
-    worker.voter.forget()
+    worker.voter.begin_step()
     worker.voter.commit(CLEAN)
     assert torch.equal(worker.voter.stats, before), "what is forgotten is not committed"
 

@@ -5,10 +5,11 @@ Holds bit for bit with `reference`; `tests/test_kernels.py` keeps it so.
 
 from __future__ import annotations
 
-import getpass
+import os
 import tempfile
 from pathlib import Path
 
+import numba  # noqa: F401  (before the lock: importing takes a second that ranks can spend at the same time)
 import numpy as np
 import torch
 from filelock import FileLock
@@ -18,7 +19,7 @@ from distsign.kernels.spans import Spans
 
 # The first import compiles for some seconds, later ones read Numba's cache. Of the ranks that start together on one
 # machine, one compiles and the others wait for what it leaves.
-with FileLock(Path(tempfile.gettempdir()) / f"distsign-numba-{getpass.getuser()}.lock"):
+with FileLock(Path(tempfile.gettempdir()) / f"distsign-numba-{os.getuid()}.lock"):
     from distsign.kernels import jit
 
 __all__ = ["moments", "pack", "tally", "unpack"]
@@ -39,7 +40,7 @@ def pack(grad: Tensor, spans: Spans, thresholds: Tensor, out: Tensor) -> tuple[T
         spans.row,
         spans.mask_at,
         spans.sign_at,
-        thresholds.numpy().view(np.uint32),
+        thresholds.abs().numpy().view(np.uint32),  # the bits of -0.0 would be the largest integer
         out.numpy(),
         counts.numpy(),
     )

@@ -68,6 +68,11 @@ def _fold(terms: Tensor) -> Tensor:
             return terms.sum()
 
 
+def _sqrt(x: Tensor) -> Tensor:
+    """Take the correctly rounded root, which torch's own on the CPU is not always."""
+    return torch.as_tensor(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
+
+
 def moments(grad: Tensor, spans: Spans) -> Tensor:  # noqa: D103
     out = torch.zeros(spans.num_rows, 2, dtype=torch.float64, device=grad.device)
     for start, length, row in _rows(spans.start, spans.length, spans.row):
@@ -75,14 +80,14 @@ def moments(grad: Tensor, spans: Spans) -> Tensor:  # noqa: D103
             x = grad[start : start + length].double()
             mean = _fold(x) / length
             out[row, 0] = mean
-            out[row, 1] = (_fold(x * x) / length - mean * mean).clamp(min=0.0).sqrt()
+            out[row, 1] = _sqrt((_fold(x * x) / length - mean * mean).clamp(min=0.0))
     return out
 
 
 def pack(grad: Tensor, spans: Spans, thresholds: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D103
     counts = torch.zeros(thresholds.numel(), dtype=torch.int64, device=grad.device)
     finite = torch.ones((), dtype=torch.bool, device=grad.device)
-    limits = thresholds.view(torch.int32)
+    limits = thresholds.abs().view(torch.int32)  # the bits of -0.0 would be the smallest integer
     for start, length, row, mask_at, sign_at in _rows(
         spans.start, spans.length, spans.row, spans.mask_at, spans.sign_at
     ):

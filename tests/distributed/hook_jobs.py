@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from distsign import AdaptiveConfidence, Confidence, SignAdamPP, SignVoteState, sign_vote_hook
+from distsign import AdaptiveConfidence, Confidence, FixedConfidence, SignAdamPP, SignVoteState, sign_vote_hook
 from distsign.ballots import cast_ballots
 from distsign.layout import Shape
 from distsign.traffic import step_bytes
@@ -58,13 +59,18 @@ def batch(rank: int, step: int, part: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(7, 61, generator=generator).to(dtype)
 
 
-def build(case: Case, group: dist.ProcessGroup | None = None) -> tuple[Net, DDP, SignVoteState]:
-    torch.manual_seed(5)
+def make_net(case: Case) -> Net:
     net = Net(branch=case.branch).to(case.dtype)
     if case.half_the_model:
         net.middle.to(torch.bfloat16)
         net.middle.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(),))
         net.middle.register_forward_hook(lambda _, args, out: out.float())
+    return net
+
+
+def build(case: Case, group: dist.ProcessGroup | None = None) -> tuple[Net, DDP, SignVoteState]:
+    torch.manual_seed(5)
+    net = make_net(case)
     model = DDP(net, process_group=group, **case.ddp)
     state = SignVoteState(group, confidence=case.confidence, **case.options)
     model.register_comm_hook(state, sign_vote_hook)
@@ -82,11 +88,7 @@ class Oracle:
 
     def __init__(self, case: Case, net: Net, group: dist.ProcessGroup | None) -> None:
         self.case, self.group = case, group
-        self.twin = Net(branch=case.branch).to(case.dtype)
-        if case.half_the_model:
-            self.twin.middle.to(torch.bfloat16)
-            self.twin.middle.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(),))
-            self.twin.middle.register_forward_hook(lambda _, args, out: out.float())
+        self.twin = make_net(case)
         self.stats = {name: case.confidence.init_stats(1)[0] for name, _ in net.named_parameters()}
 
     def gradients(self, net: Net, batches: list[Tensor], **forward: Any) -> dict[str, Tensor]:
@@ -167,12 +169,14 @@ def train_in_subgroup(rank: int, world_size: int, members: list[int]) -> str | N
 
 def train_long(rank: int, world_size: int, num_steps: int) -> str:
     net, model, state = build(Case())
+    start = digest(net)
     optimizer = SignAdamPP(model.named_parameters(), lr=1e-3, weight_decay=0.01, vote_state=state)
     for step in range(num_steps):
         optimizer.zero_grad()
         model(batch(rank, step, 0, torch.float32)).square().mean().backward()
         optimizer.step()
     state.close()
+    assert digest(net) != start
     return digest(net)
 
 
@@ -283,8 +287,20 @@ def train_uneven(rank: int, world_size: int) -> tuple[str, str, str]:
 
     before = momenta()
     state.sync_optimizer(optimizer)
+    after = momenta()
+    assert rank != world_size - 1 or after == before, "the rank that trained longest has the state to keep"
+    # Once more, and now another rank trains longest.
+    with Join([model]):
+        for step in range(5 if rank == 0 else 2):
+            optimizer.zero_grad()
+            model(batch(rank, step, 0, torch.float32)).square().mean().backward()
+            optimizer.step()
+    again = momenta()
+    state.sync_optimizer(optimizer)
+    assert rank != 0 or momenta() == again
+    assert momenta() != after
     state.close()
-    return digest(net), before, momenta()
+    return digest(net), before, after
 
 
 def poison_some(rank: int, world_size: int, value: float, culprit: int) -> str:
@@ -365,7 +381,7 @@ def resume(rank: int, world_size: int) -> None:
         built[2].close()
 
 
-def second_backward(rank: int, world_size: int, view: bool, zero: str) -> None:
+def train_zeroing(rank: int, world_size: int, view: bool, zero: str) -> None:
     _, model, state = build(Case(ddp={"gradient_as_bucket_view": view}))
     optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, vote_state=state)
     for step in range(3):
@@ -387,12 +403,37 @@ def one_step(rank: int, world_size: int, option: str, odd_rank: int) -> None:
         case.options["margin"] = 2 if odd else 1
     elif option == "confidence" and odd:
         case.confidence = AdaptiveConfidence(beta2=3.0)
-    elif option == "loss_scale":
-        pass
+    elif option == "unreachable margin":
+        case.options["margin"] = 1
     net, model, state = build(case)
+    if option == "unreachable margin" and odd:
+        state.margin = 9  # as if it had been given before the process group was there
     if option == "loss_scale" and odd:
         state.loss_scale = 8.0
     model(batch(rank, 0, 0, torch.float32)).square().mean().backward()
+
+
+def vote_after_an_odd_group(rank: int, world_size: int) -> str:
+    """One rank is in a group more than the others, as with parallelism of several kinds."""
+    extra = dist.new_group([0])
+    net, model, state = build(Case())
+    optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, vote_state=state)
+    model(batch(rank, 0, 0, torch.float32)).square().mean().backward()
+    optimizer.step()
+    state.close()
+    if rank == 0:
+        dist.destroy_process_group(extra)
+    return digest(net)
+
+
+def vote_on(rank: int, world_size: int, what: str) -> None:
+    """Vote on what can't be voted on."""
+    confidence: Confidence = FixedConfidence(1e-3) if what == "fp16" else AdaptiveConfidence()
+    dtype = {"fp16": torch.float16, "complex": torch.complex64}[what]
+    model = DDP(nn.Linear(3, 3, dtype=dtype))
+    state = SignVoteState(confidence=confidence)
+    model.register_comm_hook(state, sign_vote_hook)
+    model(torch.ones(2, 3, dtype=dtype)).abs().sum().backward()
 
 
 def skip_a_step(rank: int, world_size: int, absent: int, timeout_s: float) -> None:
@@ -401,7 +442,7 @@ def skip_a_step(rank: int, world_size: int, absent: int, timeout_s: float) -> No
     _, model, _ = build(Case(), group)
     for step in range(3):
         if rank == absent and step == 2:
-            dist.barrier()  # of the default group: alive, but not voting
+            time.sleep(timeout_s + 6.0)  # alive, but not voting
             return
         model.zero_grad()
         model(batch(rank, step, 0, torch.float32)).square().mean().backward()

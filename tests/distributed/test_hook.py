@@ -106,12 +106,12 @@ def test_resumed_run_repeats_the_unbroken_one(rank_pool: Pools) -> None:
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("zero", ["to none", "to zero"])
 def test_either_way_to_zero_gradients_is_fine(rank_pool: Pools, view: bool, zero: str) -> None:
-    rank_pool(2).run(jobs.second_backward, view, zero)
+    rank_pool(2).run(jobs.train_zeroing, view, zero)
 
 
 @pytest.mark.parametrize("view", [False, True])
 def test_second_backward_into_a_verdict_is_refused(rank_pool: Pools, view: bool) -> None:
-    rank_pool(2).run_expecting(r"VoteError: a second backward.*zero_grad.*no_sync", jobs.second_backward, view, "not")
+    rank_pool(2).run_expecting(r"VoteError: a second backward.*zero_grad.*no_sync", jobs.train_zeroing, view, "not")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,8 @@ def test_second_backward_into_a_verdict_is_refused(rank_pool: Pools, view: bool)
     [
         ("margin", r"ValueError: .*margin is 1 on ranks 0 and 2, but 2 on rank 1"),
         ("confidence", r"confidence is AdaptiveConfidence\(.*\) on ranks 0 and 2, but .*beta2=3.0\) on rank 1"),
-        ("loss_scale", r"loss_scale is None on ranks 0 and 2, but 'float' on rank 1"),
+        ("loss_scale", r"loss_scale is None on ranks 0 and 2, but 8.0 on rank 1"),
+        ("unreachable margin", r"margin is 1 on ranks 0 and 2, but 9 on rank 1"),
     ],
 )
 def test_ranks_with_different_options_are_named(rank_pool: Pools, option: str, words: str) -> None:
@@ -132,6 +133,18 @@ def test_margin_that_no_vote_can_reach(rank_pool: Pools) -> None:
         jobs.train_against_oracle,
         Case(options={"margin": 4}),
     )
+
+
+def test_a_rank_in_one_group_more(rank_pool: Pools) -> None:
+    assert len(set(rank_pool(3).run(jobs.vote_after_an_odd_group, deadline_s=30))) == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("complex", "ValueError: gradients must be float32"), ("fp16", "ValueError: .*set state.loss_scale")],
+)
+def test_gradients_that_cannot_be_voted_on(rank_pool: Pools, what: str, words: str) -> None:
+    rank_pool(2).run_expecting(words, jobs.vote_on, what, in_step=True)
 
 
 def test_an_absent_rank_is_an_error_in_time(rank_pool: Pools) -> None:

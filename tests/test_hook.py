@@ -1,0 +1,69 @@
+"""What the hook's state refuses before any rank is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distsign import AdaptiveConfidence, FixedConfidence, SignVoteState, TargetDensity, sign_vote_hook
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"confidence": 0.1}, "confidence must be a confidence function"),
+        ({"margin": 0}, "margin must be an integer of at least 1, got 0"),
+        ({"margin": 1.5}, "margin must be an integer"),
+        ({"exchange": "ring"}, "exchange must be one of two_phase, all_gather, got 'ring'"),
+        ({"wire": "sparse"}, "wire must be"),
+        ({"l2": -1.0}, "l2 must be a number of at least 0"),
+        ({"carry": True}, "carry=True is not in this version"),
+        ({"owner_carry": True}, "owner_carry=True is not in this version"),
+        ({"bits_per_param": 0.05}, "bits_per_param=0.05 is not in this version"),
+        ({"exclude": ["norm"]}, "exclude=.* is not in this version"),
+        ({"ranks_per_node": 2}, "ranks_per_node=2 is not in this version"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SignVoteState(**{"confidence": AdaptiveConfidence(), **options})
+
+
+def test_a_model_that_is_not_ddp() -> None:
+    state = SignVoteState(confidence=AdaptiveConfidence())
+    with pytest.raises(TypeError, match="DistributedDataParallel.*got Tensor"):
+        sign_vote_hook(state, torch.zeros(3))  # as FSDP calls its hooks
+
+
+def test_state_dict_needs_names() -> None:
+    with pytest.raises(ValueError, match="named_parameters"):
+        SignVoteState(confidence=AdaptiveConfidence()).state_dict()
+
+
+def tracked(confidence: Any, model: nn.Module) -> SignVoteState:
+    state = SignVoteState(confidence=confidence)
+    state.track(model.named_parameters())
+    return state
+
+
+def test_checkpoints_of_something_else_are_refused() -> None:
+    saved = tracked(AdaptiveConfidence(), nn.Linear(2, 2)).state_dict()
+    with pytest.raises(ValueError, match=r"written with AdaptiveConfidence.*TargetDensity"):
+        tracked(TargetDensity(0.1), nn.Linear(2, 2)).load_state_dict(saved)
+    with pytest.raises(ValueError, match="format is 7"):
+        tracked(AdaptiveConfidence(), nn.Linear(2, 2)).load_state_dict({**saved, "format": 7})
+    stranger = {**saved, "stats": {"elsewhere": torch.zeros(1)}}
+    with pytest.raises(ValueError, match="'elsewhere'"):
+        tracked(AdaptiveConfidence(), nn.Linear(2, 2)).load_state_dict(stranger)
+
+
+def test_loading_forgets_what_was_before() -> None:
+    model = nn.Linear(2, 2)
+    state = tracked(FixedConfidence(), model)
+    saved = state.state_dict()
+    state._counts.num_steps = 9
+    state.load_state_dict(saved)
+    assert state.traffic().num_steps == 0
