@@ -37,7 +37,7 @@ _inline: Any = numba.njit(nogil=True, error_model="numpy", inline="always")
 
 
 def _compiled(signature: str) -> Any:
-    """Compile at import, which the hook triggers before its first collective: later others would wait under a timeout."""
+    """Compile at import, before the first collective: later, other ranks would wait for this one under a timeout."""
     return numba.njit(signature, **_OPTIONS)
 
 
