@@ -614,11 +614,7 @@ class Launch:
             self.process.wait(deadline_s)
         except subprocess.TimeoutExpired:
             pids = self.pids()
-            for pid in reversed(pids):  # ranks first: torchrun would end them at once on its own signal
-                _kill(pid, signal.SIGABRT)
-            end = time.monotonic() + 3.0
-            while self.pids() and time.monotonic() < end:
-                time.sleep(0.05)
+            self._abort_one_by_one(pids)
             self.kill()
             seen = self.output()
             raise AssertionError(
@@ -627,6 +623,20 @@ class Launch:
                 f"----- stderr, with stacks\n{seen.stderr[-OUTPUT_LIMIT_BYTES:]}"
             ) from None
         return self.output()
+
+    def _abort_one_by_one(self, pids: Sequence[int]) -> None:
+        """Let each process write its stacks and die, ranks first; at most 3 s in all.
+
+        Stacks are written in many small pieces into one file, so that two processes at a time would mix them, and
+        torchrun would end the other ranks as soon as it sees one die: it is stopped meanwhile.
+        """
+        end = time.monotonic() + 3.0
+        _kill(self.process.pid, signal.SIGSTOP)
+        for pid in reversed(pids):
+            _kill(pid, signal.SIGABRT)
+            _kill(pid, signal.SIGCONT)
+            while pid in self.pids() and time.monotonic() < end:
+                time.sleep(0.02)
 
     def kill(self) -> None:
         """Kill every process of this launch and wait until they are gone."""

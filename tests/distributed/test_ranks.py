@@ -218,7 +218,7 @@ dist.init_process_group("gloo")
 total = torch.ones(1)
 dist.all_reduce(total)
 # One write a line: torchrun's children are unbuffered, where print writes the text and its newline apart.
-os.write(1, f"rank {dist.get_rank()} of {int(total)}: {sys.argv[1]} {os.environ.get('EXTRA')}\n".encode())
+os.write(1, f"rank {dist.get_rank()} of {int(total)}: {sys.argv[1]} {os.environ.get('EXTRA')}\\n".encode())
 if sys.argv[1] == "hang":
     open(f"{sys.argv[2]}/{os.getpid()}", "w").close()
     time.sleep(600)
