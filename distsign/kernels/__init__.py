@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from distsign.kernels import reference
+from distsign.kernels.memory import CarryRule, Memory
 from distsign.kernels.spans import BLOCK, Spans, plane_bytes
+from distsign.wire.sparse import SparseCode
 
-__all__ = ["BLOCK", "Kernels", "Spans", "kernels_for", "plane_bytes"]
+__all__ = ["BLOCK", "CarryRule", "Kernels", "Memory", "SparseCode", "Spans", "kernels_for", "plane_bytes"]
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +58,60 @@ class Kernels(Protocol):
         """
         ...
 
+    def active(self, grad: Tensor, spans: Spans) -> Tensor:
+        """Return whether each span of `grad` (float32) holds anything but zeros, bool `[num_rows]`. One span a row.
+
+        A NaN is not zero. Looks no further than the first element that is not, where the device allows.
+        """
+        ...
+
+    def pack_carry(
+        self, grad: Tensor, spans: Spans, rule: CarryRule, memory: Memory, out: Tensor, *, clear: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Add gradient and carry, vote on the sum, and keep the rest: one pass.
+
+        Per component of an active row, all in float32, each operation rounded by itself (no fused multiply-add):
+
+        1. `g = grad * unscale`
+        2. without `square`: `u = carry + g`. With it: `v = min(decay * square + (1 - decay) * (g * g), FLT_MAX)`, where
+           `1 - decay` is `float32(1.0 - decay)`; `u = carry + (g * correction) / sqrt(v)` where `v > 1e-30`, else
+           `u = carry` (a dead component has v = 0, and tiny ones would overflow).
+        3. ballot `sign(u)` where `abs(u) > threshold`, else 0, written as planes as `pack` does;
+        4. the new carry is 0 where there is a ballot and `clear` is set, else u; the new square is v.
+
+        Reads half `live` of the memory and writes the other; an inactive row is copied, and its planes are 0.
+
+        Args:
+            grad: float32, not changed.
+            spans: the pieces, with the places of their planes in `out` and their `home` in the memory.
+            rule: thresholds and units.
+            memory: changed in place, in the spare half.
+            out: uint8, changed in place where the planes lie.
+            clear: False where `settle_carry` follows, which decides which ballots are sent.
+
+        Returns:
+            `(counts, finite)` as `pack` does; finite is about `grad` as it came.
+        """
+        ...
+
+    def settle_carry(self, planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, memory: Memory) -> Tensor:
+        """Keep at most `caps` votes of each piece and abstain on the others; zero the carry where a vote is kept.
+
+        Votes are taken in the order of the plane's bits (byte, then lowest bit first), beginning at bit `8 * start` and
+        going on from the plane's first bit after its last: a rotating start, so that no end of a tensor starves.
+
+        Args:
+            planes: uint8, changed in place where more than `caps` votes were.
+            spans: the pieces with their planes' places in `planes` and their `home` in the memory.
+            caps: int64 `[num_pieces]`, at least 0, on the CPU.
+            starts: int64 `[num_pieces]`, a byte of the piece's plane each, on the CPU.
+            memory: the spare half of `carry` is changed in place.
+
+        Returns:
+            int64 `[num_pieces]`: votes that each piece had before.
+        """
+        ...
+
     def tally(self, payloads: Tensor, body_at: int, num_bytes: int, margin: int, out: Tensor) -> None:
         """Count the ballots of all workers and write the verdicts into `out`.
 
@@ -69,6 +125,92 @@ class Kernels(Protocol):
         """
         ...
 
+    def tally_carry(
+        self, payloads: Tensor, body_at: int, spans: Spans, margin: int, undecided: Tensor, live: Tensor, out: Tensor
+    ) -> None:
+        """Count the ballots of all workers on top of the undecided votes, and find where the margin is reached.
+
+        `R' = clip(R + tally, -32767, 32767)`, verdict `sign(R')` where `abs(R') >= margin`, else 0. Nothing is
+        subtracted yet: `settle_votes` follows and decides which verdicts are sent.
+
+        Args:
+            payloads: uint8 `[world_size, payload_bytes]`, contiguous; the planes of the pieces lie at
+                `body_at + mask_at` and `body_at + sign_at` of each row.
+            body_at: byte in a row that the spans' places count from.
+            spans: this owner's pieces; `mask_at` and `sign_at` count from `body_at` in a payload and from 0 in `out`,
+                `home` from the first element of `undecided`. `start` is not used.
+            margin: least lead, at least 1.
+            undecided: int16 `[2, num_owned_elements]`; half `live` is read and the other written.
+            live: int64 scalar tensor.
+            out: uint8, changed in place where the planes lie.
+        """
+        ...
+
+    def settle_votes(
+        self, planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, margin: int, undecided: Tensor, live: Tensor
+    ) -> Tensor:
+        """Keep at most `caps` verdicts of each piece, as `settle_carry` does; `R' -= margin * verdict` where one is kept.
+
+        Changes the spare half of `undecided` in place. Returns the verdicts that each piece had before, int64
+        `[num_pieces]`.
+        """
+        ...
+
+    def tally_standing(
+        self, payloads: Tensor, body_at: int, num_bytes: int, margin: int, standing: Tensor, live: Tensor, out: Tensor
+    ) -> None:
+        """Add each worker's ballots to its standing ballot and count those.
+
+        A worker's standing ballot on a component is in {-1, 0, +1}: a new ballot takes the place of a 0, adds nothing
+        to its like, and wipes out its opposite. The verdict is the majority of the standing ballots, with the margin.
+        Nothing is wiped out by verdicts yet: `settle_standing` follows.
+
+        Args:
+            payloads: as `tally` takes them: mask plane of `num_bytes` at `body_at`, sign plane after it.
+            body_at: byte in a row where the mask plane begins.
+            num_bytes: bytes of one plane.
+            margin: least lead, at least 1.
+            standing: uint8 `[2, world_size, 2 * num_bytes]`: halves, workers, mask plane and sign plane, the latter 0
+                where there is no ballot. Half `live` is read and the other written.
+            live: int64 scalar tensor.
+            out: uint8 `[2 * num_bytes]`, changed in place: planes of the verdicts.
+        """
+        ...
+
+    def settle_standing(
+        self, planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, standing: Tensor, live: Tensor
+    ) -> Tensor:
+        """Keep at most `caps` verdicts of each piece, as `settle_carry` does; wipe out all standing ballots under one.
+
+        `planes` is uint8 `[2 * num_bytes]`, into which the spans' places count. Changes the spare half of `standing` in
+        place. Returns the verdicts that each piece had before, int64 `[num_pieces]`.
+        """
+        ...
+
+    def encode_sparse(self, planes: Tensor, num_bytes: int, code: SparseCode, out: Tensor) -> Tensor:
+        """Write a mask and a sign plane as an Elias-Fano index set with one sign bit an index (`wire.sparse`).
+
+        Args:
+            planes: uint8 `[2 * num_bytes]`, mask plane then sign plane.
+            num_bytes: bytes of one plane.
+            code: the sizes; `code.num_bits == 8 * num_bytes`.
+            out: uint8 `[code.num_bytes]`, changed in place, every byte.
+
+        Returns:
+            bool scalar tensor: False if there were more votes than `code.num_slots`, and `out` means nothing.
+        """
+        ...
+
+    def decode_sparse(self, body: Tensor, code: SparseCode, num_bytes: int, out: Tensor) -> Tensor:
+        """Undo `encode_sparse`: write both planes, every byte of them, into `out` (uint8 `[2 * num_bytes]`).
+
+        Returns:
+            bool scalar tensor: False if the body is not what `encode_sparse` writes for any planes, to the last bit
+            (indices not increasing, beyond the end, bits in the padding, a sign in an unused slot); `out` then means
+            nothing, but nothing outside of it was written.
+        """
+        ...
+
     def unpack(self, payload: Tensor, spans: Spans, value: Tensor, out: Tensor) -> Tensor:
         """Write each span's verdicts into `out` (float32) as `-value`, `+0.0` or `+value`.
 
@@ -79,7 +221,7 @@ class Kernels(Protocol):
             out: float32, changed in place.
 
         Returns:
-            How many verdicts are not 0, an int64 scalar tensor.
+            How many verdicts of each row are not 0, int64 `[num_rows]`.
         """
         ...
 

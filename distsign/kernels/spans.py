@@ -35,6 +35,7 @@ class Spans:
         row: row of the per-parameter tables (thresholds, counts, moments) that the piece belongs to.
         mask_at: byte in the payload buffer where its confidence mask begins; empty where nothing is packed.
         sign_at: byte in the payload buffer where its sign plane begins.
+        home: first element of the piece in what is kept per component; empty where nothing is kept.
     """
 
     start: npt.NDArray[np.int64]
@@ -42,6 +43,7 @@ class Spans:
     row: npt.NDArray[np.int64]
     mask_at: npt.NDArray[np.int64] = field(default_factory=_no_places)
     sign_at: npt.NDArray[np.int64] = field(default_factory=_no_places)
+    home: npt.NDArray[np.int64] = field(default_factory=_no_places)
 
     @property
     def num_rows(self) -> int:
