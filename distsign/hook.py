@@ -447,7 +447,7 @@ class SignVoteState:
             out = gradient if gradient.dtype == torch.float32 else torch.empty_like(gradient, dtype=torch.float32)
             # In half precision a loss scale may be out of range, and an infinity would read as a bad number.
             value = scale.clamp(max=torch.finfo(gradient.dtype).max).float()
-            self._counts.verdicts(kernels.unpack(verdicts, pieces, value, out))
+            self._counts.verdicts(kernels.unpack(verdicts, pieces, value, out).sum())
             if out is not gradient:
                 gradient.copy_(out)
             if gradient.device.type != "cpu":

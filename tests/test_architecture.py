@@ -175,7 +175,8 @@ def test_kernels_and_wire_stand_alone() -> None:
     """The backends are compiled and the format is fixed without anything else of the library."""
     for name in MODULES:
         if part(name) in {"kernels", "wire", "confidence", "vote"}:
-            assert {part(other) for other in own_imports(name)} <= {part(name)}, name
+            allowed = {part(name)} | ({"wire"} if part(name) == "kernels" else set())  # the sizes of a sparse body
+            assert {part(other) for other in own_imports(name)} <= allowed, name
 
 
 def test_the_package_has_only_the_public_names() -> None:

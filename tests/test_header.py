@@ -17,6 +17,7 @@ GOLDEN = [
     (Header(Codec.PLANES, 1000, poison=True), "01 01 02 e8 03 00 00 00"),
     (Header(Codec.PLANES, 0x0102030405, verdict=True, poison=True), "01 01 03 05 04 03 02 01"),
     (Header(Codec.PLANES, 2**40 - 1), "01 01 00 ff ff ff ff ff"),
+    (Header(Codec.SPARSE, 1000, verdict=True), "01 02 01 e8 03 00 00 00"),
 ]
 
 
@@ -30,9 +31,9 @@ def test_a_header_has_at_most_eight_bytes() -> None:
     assert HEADER_BYTES == 8
 
 
-@given(st.integers(0, 2**40 - 1), st.booleans(), st.booleans(), st.binary(max_size=9))
-def test_what_is_written_can_be_read(num_elements: int, verdict: bool, poison: bool, body: bytes) -> None:
-    header = Header(Codec.PLANES, num_elements, verdict, poison)
+@given(st.sampled_from(Codec), st.integers(0, 2**40 - 1), st.booleans(), st.booleans(), st.binary(max_size=9))
+def test_what_is_written_can_be_read(codec: Codec, num_elements: int, verdict: bool, poison: bool, body: bytes) -> None:
+    header = Header(codec, num_elements, verdict, poison)
     written = header.encode()
     assert len(written) == HEADER_BYTES
     assert Header.decode(written + body) == header
@@ -43,7 +44,7 @@ def test_eight_bytes_are_either_refused_or_read_as_what_they_are(data: bytes) ->
     try:
         header = Header.decode(data)
     except PayloadError:
-        assert data[0] != 1 or data[1] != 1 or data[2] > 3
+        assert data[0] != 1 or data[1] not in (1, 2) or data[2] > 3
     else:
         assert header.encode() == data
 
@@ -69,8 +70,8 @@ def test_an_impossible_size_is_our_own_fault(num_elements: int) -> None:
         ("01 01 00 e8 03 00 00", "8 bytes of header, but only 7 came"),
         ("00 01 00 e8 03 00 00 00", "format version 0, this distsign reads version 1"),
         ("02 01 00 e8 03 00 00 00", "format version 2, this distsign reads version 1"),
-        ("01 00 00 e8 03 00 00 00", r"codec 0 is unknown .* 1 \(planes\)"),
-        ("01 07 00 e8 03 00 00 00", r"codec 7 is unknown .* 1 \(planes\)"),
+        ("01 00 00 e8 03 00 00 00", r"codec 0 is unknown .* 1 \(planes\), 2 \(sparse\)"),
+        ("01 07 00 e8 03 00 00 00", r"codec 7 is unknown .* 1 \(planes\), 2 \(sparse\)"),
         ("01 01 04 e8 03 00 00 00", "flags 0x04"),
         ("01 01 83 e8 03 00 00 00", "flags 0x83"),
     ],
@@ -95,6 +96,7 @@ def test_what_is_expected_passes_with_or_without_poison(poison: bool) -> None:
         (Header(Codec.PLANES, 1001), "ballots on 1,001 elements as planes"),
         (Header(Codec.PLANES, 1000, verdict=True), "verdicts on 1,000 elements as planes"),
         (Header(Codec.PLANES, 0, poison=True), "ballots on 0 elements as planes"),
+        (Header(Codec.SPARSE, 1000), "ballots on 1,000 elements as sparse"),
     ],
 )
 def test_what_is_not_expected_names_both_sides(came: Header, said: str) -> None:

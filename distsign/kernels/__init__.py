@@ -149,10 +149,10 @@ class Kernels(Protocol):
     def settle_votes(
         self, planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, margin: int, undecided: Tensor, live: Tensor
     ) -> Tensor:
-        """Keep at most `caps` verdicts of each piece, as `settle_carry` does; `R' -= margin * verdict` where one is kept.
+        """Keep at most `caps` verdicts of each piece, as `settle_carry` does; where one is kept, take it off the votes.
 
-        Changes the spare half of `undecided` in place. Returns the verdicts that each piece had before, int64
-        `[num_pieces]`.
+        That is `R' -= margin * verdict`, in place in the spare half of `undecided`. Returns the verdicts that each
+        piece had before, int64 `[num_pieces]`.
         """
         ...
 

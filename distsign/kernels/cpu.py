@@ -20,7 +20,7 @@ from distsign.kernels.spans import Spans
 # The first import compiles for some seconds, later ones read Numba's cache. Of the ranks that start together on one
 # machine, one compiles and the others wait for what it leaves.
 with FileLock(Path(tempfile.gettempdir()) / f"distsign-numba-{os.getuid()}.lock"):
-    from distsign.kernels import jit
+    from distsign.kernels import jit, jit_owner
 
 __all__ = ["moments", "pack", "tally", "unpack"]
 
@@ -54,20 +54,23 @@ def tally(payloads: Tensor, body_at: int, num_bytes: int, margin: int, out: Tens
         return
     # At least two places: the first worker's two-bit number needs both.
     num_places = max(2, (2 * world_size).bit_length())
-    jit.count_ballots(
+    jit_owner.count_ballots(
         payloads.numpy(), body_at, num_bytes, world_size + margin, world_size - margin, num_places, out.numpy()
     )
 
 
 def unpack(payload: Tensor, spans: Spans, value: Tensor, out: Tensor) -> Tensor:  # noqa: D103
+    counts = torch.zeros(spans.num_rows, dtype=torch.int64)
     bits = value.reshape(1).numpy().view(np.uint32)[0]
-    count = jit.unpack_verdicts(
+    jit.unpack_verdicts(
         payload.numpy(),
         spans.start,
         spans.length,
+        spans.row,
         spans.mask_at,
         spans.sign_at,
         bits,
         out.numpy().view(np.uint32),
+        counts.numpy(),
     )
-    return torch.tensor(count, dtype=torch.int64)
+    return counts

@@ -5,49 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from distsign.kernels.reference_bits import pack_bytes, pack_plane, rows, unpack_bytes, unpack_plane
+from distsign.kernels.reference_carry import active, pack_carry, settle_carry
 from distsign.kernels.spans import BLOCK, LANES, Spans, plane_bytes
 
-__all__ = ["moments", "pack", "tally", "unpack"]
+__all__ = ["active", "moments", "pack", "pack_carry", "settle_carry", "tally", "unpack"]
 
 _MAGNITUDE = 0x7FFFFFFF
 _INFINITY = 0x7F800000
-
-
-def _rows(*columns: npt.NDArray[np.int64]) -> Iterator[tuple[int, ...]]:
-    return zip(*(column.tolist() for column in columns), strict=True)
-
-
-def _pack_bytes(bits: Tensor) -> Tensor:
-    """Pack `[..., 8]` zeros and ones into bytes, lowest bit first."""
-    weights = 2 ** torch.arange(8, dtype=torch.int32, device=bits.device)
-    return (bits.to(torch.int32) * weights).sum(-1).to(torch.uint8).reshape(-1)
-
-
-def _unpack_bytes(packed: Tensor) -> Tensor:
-    """Undo `_pack_bytes`: int32 zeros and ones, `[..., 8]`."""
-    places = torch.arange(8, dtype=torch.int32, device=packed.device)
-    return (packed.to(torch.int32)[..., None] >> places) & 1
-
-
-def _pack_plane(bits: Tensor) -> Tensor:
-    full = bits.numel() // BLOCK * BLOCK
-    blocks = bits[:full].reshape(-1, 32, LANES).transpose(1, 2).reshape(-1, 8)
-    tail = torch.nn.functional.pad(bits[full:].to(torch.int32), (0, -bits.numel() % 8)).reshape(-1, 8)
-    return torch.cat([_pack_bytes(blocks), _pack_bytes(tail)])
-
-
-def _unpack_plane(packed: Tensor, num_elements: int) -> Tensor:
-    full = num_elements // BLOCK * BLOCK
-    blocks = _unpack_bytes(packed[: full // 8]).reshape(-1, LANES, 32).transpose(1, 2).reshape(-1)
-    tail = _unpack_bytes(packed[full // 8 :]).reshape(-1)[: num_elements - full]
-    return torch.cat([blocks, tail])
 
 
 def _fold(terms: Tensor) -> Tensor:
@@ -57,10 +26,10 @@ def _fold(terms: Tensor) -> Tensor:
     summed in the same way until one is left.
     """
     while True:
-        rows = torch.nn.functional.pad(terms, (0, -terms.numel() % BLOCK)).reshape(-1, 32, LANES)
-        lanes = torch.zeros_like(rows[:, 0])
+        blocks = torch.nn.functional.pad(terms, (0, -terms.numel() % BLOCK)).reshape(-1, 32, LANES)
+        lanes = torch.zeros_like(blocks[:, 0])
         for i in range(32):
-            lanes = lanes + rows[:, i]
+            lanes = lanes + blocks[:, i]
         while lanes.shape[1] > 1:
             lanes = lanes[:, : lanes.shape[1] // 2] + lanes[:, lanes.shape[1] // 2 :]
         terms = lanes[:, 0]
@@ -75,7 +44,7 @@ def _sqrt(x: Tensor) -> Tensor:
 
 def moments(grad: Tensor, spans: Spans) -> Tensor:  # noqa: D103
     out = torch.zeros(spans.num_rows, 2, dtype=torch.float64, device=grad.device)
-    for start, length, row in _rows(spans.start, spans.length, spans.row):
+    for start, length, row in rows(spans.start, spans.length, spans.row):
         if length:
             x = grad[start : start + length].double()
             mean = _fold(x) / length
@@ -88,7 +57,7 @@ def pack(grad: Tensor, spans: Spans, thresholds: Tensor, out: Tensor) -> tuple[T
     counts = torch.zeros(thresholds.numel(), dtype=torch.int64, device=grad.device)
     finite = torch.ones((), dtype=torch.bool, device=grad.device)
     limits = thresholds.abs().view(torch.int32)  # the bits of -0.0 would be the smallest integer
-    for start, length, row, mask_at, sign_at in _rows(
+    for start, length, row, mask_at, sign_at in rows(
         spans.start, spans.length, spans.row, spans.mask_at, spans.sign_at
     ):
         x = grad[start : start + length].view(torch.int32)
@@ -96,27 +65,29 @@ def pack(grad: Tensor, spans: Spans, thresholds: Tensor, out: Tensor) -> tuple[T
         votes = magnitude > limits[row]
         finite = finite & (magnitude < _INFINITY).all()
         counts[row] += votes.sum()
-        out[mask_at : mask_at + plane_bytes(length)] = _pack_plane(votes)
-        out[sign_at : sign_at + plane_bytes(length)] = _pack_plane(votes & (x < 0))
+        out[mask_at : mask_at + plane_bytes(length)] = pack_plane(votes)
+        out[sign_at : sign_at + plane_bytes(length)] = pack_plane(votes & (x < 0))
     return counts, finite
 
 
 def tally(payloads: Tensor, body_at: int, num_bytes: int, margin: int, out: Tensor) -> None:  # noqa: D103
-    mask = _unpack_bytes(payloads[:, body_at : body_at + num_bytes])
-    sign = _unpack_bytes(payloads[:, body_at + num_bytes : body_at + 2 * num_bytes])
+    mask = unpack_bytes(payloads[:, body_at : body_at + num_bytes])
+    sign = unpack_bytes(payloads[:, body_at + num_bytes : body_at + 2 * num_bytes])
     lead = (mask * (1 - 2 * sign)).sum(0)
     decided = lead.abs() >= margin
-    out[:num_bytes] = _pack_bytes(decided)
-    out[num_bytes : 2 * num_bytes] = _pack_bytes(decided & (lead < 0))
+    out[:num_bytes] = pack_bytes(decided)
+    out[num_bytes : 2 * num_bytes] = pack_bytes(decided & (lead < 0))
 
 
 def unpack(payload: Tensor, spans: Spans, value: Tensor, out: Tensor) -> Tensor:  # noqa: D103
-    count = torch.zeros((), dtype=torch.int64, device=out.device)
-    for start, length, mask_at, sign_at in _rows(spans.start, spans.length, spans.mask_at, spans.sign_at):
-        mask = _unpack_plane(payload[mask_at : mask_at + plane_bytes(length)], length)
-        sign = _unpack_plane(payload[sign_at : sign_at + plane_bytes(length)], length)
+    counts = torch.zeros(spans.num_rows, dtype=torch.int64, device=out.device)
+    for start, length, row, mask_at, sign_at in rows(
+        spans.start, spans.length, spans.row, spans.mask_at, spans.sign_at
+    ):
+        mask = unpack_plane(payload[mask_at : mask_at + plane_bytes(length)], length)
+        sign = unpack_plane(payload[sign_at : sign_at + plane_bytes(length)], length)
         # where, not a product: an abstention is +0.0 whatever the value is.
         signed = torch.where(sign.bool(), -value, value)
         out[start : start + length] = torch.where(mask.bool(), signed, torch.zeros_like(signed))
-        count += mask.sum()
-    return count
+        counts[row] += mask.sum()
+    return counts

@@ -29,6 +29,7 @@ class Codec(IntEnum):
     """How a payload's body is coded."""
 
     PLANES = 1
+    SPARSE = 2
 
 
 @dataclass(frozen=True)
