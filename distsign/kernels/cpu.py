@@ -16,13 +16,25 @@ from filelock import FileLock
 from torch import Tensor
 
 from distsign.kernels.spans import Spans
+from distsign.wire.sparse import SparseCode
 
 # The first import compiles for some seconds, later ones read Numba's cache. Of the ranks that start together on one
 # machine, one compiles and the others wait for what it leaves.
 with FileLock(Path(tempfile.gettempdir()) / f"distsign-numba-{os.getuid()}.lock"):
-    from distsign.kernels import jit, jit_owner
+    from distsign.kernels import jit, jit_owner, jit_settle, jit_sparse
 
-__all__ = ["moments", "pack", "tally", "unpack"]
+__all__ = [
+    "decode_sparse",
+    "encode_sparse",
+    "moments",
+    "pack",
+    "settle_standing",
+    "settle_votes",
+    "tally",
+    "tally_carry",
+    "tally_standing",
+    "unpack",
+]
 
 
 def moments(grad: Tensor, spans: Spans) -> Tensor:  # noqa: D103
@@ -47,15 +59,102 @@ def pack(grad: Tensor, spans: Spans, thresholds: Tensor, out: Tensor) -> tuple[T
     return counts, torch.tensor(finite)
 
 
+def _places(payloads: Tensor) -> int:
+    """Return the binary places that count to twice the workers; the first one's two-bit number needs two."""
+    return max(2, (2 * payloads.shape[0]).bit_length())
+
+
 def tally(payloads: Tensor, body_at: int, num_bytes: int, margin: int, out: Tensor) -> None:  # noqa: D103
-    world_size = payloads.shape[0]
-    if margin > world_size:  # no lead can reach it, and the counter's constants would leave their range
-        out[: 2 * num_bytes] = 0
-        return
-    # At least two places: the first worker's two-bit number needs both.
-    num_places = max(2, (2 * world_size).bit_length())
-    jit_owner.count_ballots(
-        payloads.numpy(), body_at, num_bytes, world_size + margin, world_size - margin, num_places, out.numpy()
+    jit_owner.count_ballots(payloads.numpy(), body_at, num_bytes, margin, _places(payloads), out.numpy())
+
+
+def tally_carry(  # noqa: D103
+    payloads: Tensor, body_at: int, spans: Spans, margin: int, undecided: Tensor, live: Tensor, out: Tensor
+) -> None:
+    assert margin < 2**15 and payloads.shape[0] < 2**14
+    half = int(live)
+    jit_owner.count_onto(
+        payloads.numpy(),
+        body_at,
+        spans.length,
+        spans.mask_at,
+        spans.sign_at,
+        spans.home,
+        margin,
+        _places(payloads),
+        undecided[half].numpy(),
+        undecided[1 - half].numpy(),
+        out.numpy(),
+    )
+
+
+def settle_votes(  # noqa: D103
+    planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, margin: int, undecided: Tensor, live: Tensor
+) -> Tensor:
+    counts = torch.zeros(spans.length.size, dtype=torch.int64)
+    jit_settle.settle_votes(
+        planes.numpy(),
+        spans.length,
+        spans.mask_at,
+        spans.sign_at,
+        spans.home,
+        caps.numpy(),
+        starts.numpy(),
+        margin,
+        undecided[1 - int(live)].numpy(),
+        counts.numpy(),
+    )
+    return counts
+
+
+def tally_standing(  # noqa: D103
+    payloads: Tensor, body_at: int, num_bytes: int, margin: int, standing: Tensor, live: Tensor, out: Tensor
+) -> None:
+    half = int(live)
+    jit_owner.count_standing(
+        payloads.numpy(),
+        body_at,
+        num_bytes,
+        margin,
+        _places(payloads),
+        standing[half].numpy(),
+        standing[1 - half].numpy(),
+        out.numpy(),
+    )
+
+
+def settle_standing(  # noqa: D103
+    planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, standing: Tensor, live: Tensor
+) -> Tensor:
+    counts = torch.zeros(spans.length.size, dtype=torch.int64)
+    jit_settle.settle_standing(
+        planes.numpy(),
+        spans.length,
+        spans.mask_at,
+        spans.sign_at,
+        caps.numpy(),
+        starts.numpy(),
+        standing[1 - int(live)].numpy(),
+        counts.numpy(),
+    )
+    return counts
+
+
+def encode_sparse(planes: Tensor, num_bytes: int, code: SparseCode, out: Tensor) -> Tensor:  # noqa: D103
+    # The compiled bodies do not check indices: sizes that do not fit together must not get there.
+    assert planes.numel() == 2 * num_bytes and code.num_bits == 8 * num_bytes and out.numel() == code.num_bytes
+    fits = jit_sparse.encode_votes(
+        planes.numpy(), num_bytes, code.num_slots, code.low_bits, code.num_high_bits, out.numpy()
+    )
+    return torch.tensor(fits)
+
+
+def decode_sparse(body: Tensor, code: SparseCode, num_bytes: int, out: Tensor) -> Tensor:  # noqa: D103
+    assert out.numel() == 2 * num_bytes and code.num_bits == 8 * num_bytes
+    if body.numel() != code.num_bytes:
+        return torch.tensor(False)
+    return torch.tensor(
+        jit_sparse.decode_votes(body.numpy(), code.num_slots, code.low_bits, code.num_high_bits, num_bytes, out.numpy())
     )
 
 

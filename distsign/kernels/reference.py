@@ -11,9 +11,25 @@ from torch import Tensor
 
 from distsign.kernels.reference_bits import pack_bytes, pack_plane, rows, unpack_bytes, unpack_plane
 from distsign.kernels.reference_carry import active, pack_carry, settle_carry
+from distsign.kernels.reference_owner import settle_standing, settle_votes, tally_carry, tally_standing
+from distsign.kernels.reference_sparse import decode_sparse, encode_sparse
 from distsign.kernels.spans import BLOCK, LANES, Spans, plane_bytes
 
-__all__ = ["active", "moments", "pack", "pack_carry", "settle_carry", "tally", "unpack"]
+__all__ = [
+    "active",
+    "decode_sparse",
+    "encode_sparse",
+    "moments",
+    "pack",
+    "pack_carry",
+    "settle_carry",
+    "settle_standing",
+    "settle_votes",
+    "tally",
+    "tally_carry",
+    "tally_standing",
+    "unpack",
+]
 
 _MAGNITUDE = 0x7FFFFFFF
 _INFINITY = 0x7F800000
