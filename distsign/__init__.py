@@ -6,7 +6,7 @@ model.register_comm_hook(state, sign_vote_hook)
 optimizer = SignAdamPP(model.named_parameters(), lr=1e-3, vote_state=state)
 """
 
-from distsign.confidence import AdaptiveConfidence, Confidence, FixedConfidence, TargetDensity
+from distsign.confidence import AdaptiveConfidence, Confidence, FixedConfidence, RMSConfidence, TargetDensity
 from distsign.hook import SignVoteState, sign_vote_hook
 from distsign.optim import SignAdam, SignAdamPP, SignSGD, Signum
 from distsign.registry import VoteError
@@ -16,6 +16,7 @@ __all__ = [
     "AdaptiveConfidence",
     "Confidence",
     "FixedConfidence",
+    "RMSConfidence",
     "SignAdam",
     "SignAdamPP",
     "SignSGD",

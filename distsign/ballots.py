@@ -11,18 +11,16 @@ from distsign.kernels import Spans, kernels_for
 __all__ = ["cast_ballots", "keep_idle_stats"]
 
 
-def keep_idle_stats(old: Tensor, new: Tensor, moments: Tensor | None) -> Tensor:
+def keep_idle_stats(old: Tensor, new: Tensor, active: Tensor | None) -> Tensor:
     """Return `new`, but `old` in the rows of parameters whose whole gradient is zero (DESIGN.md, rules of the vote).
 
     Args:
         old: float64 `[num_params, num_stats]` before the step.
         new: the same after it.
-        moments: float64 `[num_params, 2]`, mean and standard deviation, both zero where the gradient is; None where the
-            confidence function does not look at the gradient, so that there is nothing to keep.
+        active: bool `[num_params]`, False where the gradient is zero; None where the confidence function does not look
+            at the gradient, so that there is nothing to keep.
     """
-    if moments is None:
-        return new
-    return torch.where((moments != 0).any(1, keepdim=True), new, old)
+    return new if active is None else torch.where(active[:, None], new, old)
 
 
 def cast_ballots(confidence: Confidence, grad: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,4 +49,5 @@ def cast_ballots(confidence: Confidence, grad: Tensor, stats: Tensor) -> tuple[T
     votes = flat.abs() > alpha.float()
     new_rows = confidence.observe(new_rows, votes.sum().double().reshape(1) / flat.numel())
     ballots = torch.where(votes, flat.sign(), 0.0).to(grad.dtype).reshape(grad.shape)
-    return ballots, keep_idle_stats(rows, new_rows, moments).reshape(stats.shape)
+    active = None if moments is None else (moments != 0).any(1)
+    return ballots, keep_idle_stats(rows, new_rows, active).reshape(stats.shape)

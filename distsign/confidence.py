@@ -3,7 +3,8 @@
 A confidence function turns the statistics of one parameter tensor's gradient into one threshold, `alpha`; a component
 votes where `abs(g) > alpha`, strictly. The functions here are pure: what they remember between steps is a row of
 float64 scalars per parameter tensor (`stats`) that the caller keeps, commits or throws away. All of them work on many
-parameter tensors at once, one row each, and on any device without a host synchronisation.
+parameter tensors at once, one row each, and on any device without a host synchronisation. What is remembered per
+component (carry, mean of squares) belongs to the caller too, `kernels.Memory`.
 
 The idea of confidence is that of signADAM++ (Wang et al., arXiv 1907.09008, Sec. 3.1 and 6.3).
 """
@@ -18,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["AdaptiveConfidence", "Confidence", "FixedConfidence", "TargetDensity"]
+__all__ = ["AdaptiveConfidence", "Confidence", "FixedConfidence", "RMSConfidence", "TargetDensity"]
 
 
 _LOG_C_BOUND = 20.0
@@ -39,12 +40,22 @@ class Confidence(ABC):
         uses_moments: whether `thresholds` reads the gradient's standard deviation, which costs one more pass over it.
         raw_units: whether alpha is given in raw gradient units, so that an unknown loss scale would falsify it.
         requires_carry: whether the function means nothing without a carry at the voter.
+        square_decay: decay of the running mean of each component's squared gradient, whose root the gradient is divided
+            by before it is added to the carry; None where the gradient is taken as it is.
     """
 
     num_stats: ClassVar[int]
     uses_moments: ClassVar[bool] = False
     raw_units: ClassVar[bool] = False
     requires_carry: ClassVar[bool] = False
+
+    @property
+    def square_decay(self) -> float | None:  # noqa: D102
+        return None
+
+    def warm_up(self) -> tuple[float, ...]:
+        """Return the factor on alpha, and on the learning rate, of each clean step; the last one holds from then on."""
+        return (1.0,)
 
     def init_stats(self, num_params: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the stats before the first step, zeros of shape `[num_params, num_stats]`, float64."""
@@ -62,6 +73,15 @@ class Confidence(ABC):
         Returns:
             `(alpha, stats)`: float64 `[num_params]` in true gradient units, and the new stats.
         """
+
+    def corrections(self, stats: Tensor) -> Tensor | None:
+        """Return the bias correction of the root mean square, float64 `[num_params]`; None without `square_decay`.
+
+        Args:
+            stats: as `thresholds` returned them.
+        """
+        del stats
+        return None
 
     def observe(self, stats: Tensor, density: Tensor) -> Tensor:
         """Return the stats after the ballots were counted.
@@ -179,3 +199,61 @@ class TargetDensity(Confidence):
         error = (density.log() - math.log(self.density)).clamp(-2.0, 2.0)
         # A tensor of one element has no spread and always votes: without a bound its c would grow for ever.
         return (stats + self.gain * error[:, None]).clamp(-_LOG_C_BOUND, _LOG_C_BOUND)
+
+
+@dataclass(frozen=True)
+class RMSConfidence(Confidence):
+    r"""Vote when the gradients that have gathered, each divided by its root mean square, pass k.
+
+    Per component, at each worker: `v = decay * v + (1 - decay) * g * g` (bias-corrected), `r += g / sqrt(v)`, and where
+    `abs(r) > k`: a ballot `sign(r)`, then `r = 0`. `r` is the carry, in units of each component's own root mean square
+    as in Adam (Kingma and Ba, arXiv 1412.6980), without which nothing would ever pass: `abs(g) / sqrt(v)` is at most
+    about 10. A verdict then stands for about k steps of Adam, so that
+    `lr = margin * k * lr_adam / sqrt(world_size)` is a good start.
+
+    k warms up, `k_t = start * (k / start) ** min(1, t / warmup_steps)` after t clean steps, and the learning rate is
+    scaled by `k_t / k` alike (`SignVoteState.lr_scale`): early steps are denser and smaller. Under a budget of bits k_t
+    is steered instead, see `SignVoteState`.
+
+    Args:
+        k: threshold in root mean squares, above 0. The density of ballots falls as about `1 / k**2`.
+        decay: of the running mean of squares, in [0, 1).
+        start: k at the first step, above 0; k itself where it is larger.
+        warmup_steps: clean steps until k is reached, at least 0.
+
+    Raises:
+        ValueError: if an option is out of range.
+
+    Example:
+        >>> RMSConfidence(k=16)
+        RMSConfidence(k=16, decay=0.99, start=4.0, warmup_steps=200)
+    """
+
+    k: float = 24.0
+    decay: float = 0.99
+    start: float = 4.0
+    warmup_steps: int = 200
+    num_stats: ClassVar[int] = 1  # steps of this parameter so far
+    requires_carry: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require("k", self.k, 0.0, math.inf, "it is the threshold in root mean squares", open_low=True)
+        _require("decay", self.decay, 0.0, 1.0, "it is the decay of the mean of squares")
+        _require("start", self.start, 0.0, math.inf, "it is the threshold of the first step", open_low=True)
+        _require("warmup_steps", self.warmup_steps, 0, 1e6, "it is a number of steps")
+
+    @property
+    def square_decay(self) -> float:  # noqa: D102
+        return self.decay
+
+    def warm_up(self) -> tuple[float, ...]:  # noqa: D102
+        first = min(1.0, self.start / self.k)
+        num = int(self.warmup_steps)
+        return tuple(first ** (1.0 - t / num) for t in range(num)) + (1.0,)
+
+    def thresholds(self, stats: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: D102
+        del moments
+        return stats.new_full((stats.shape[0],), self.k), stats + 1.0
+
+    def corrections(self, stats: Tensor) -> Tensor:  # noqa: D102
+        return (1.0 - self.decay ** stats[:, 0]).sqrt()

@@ -2,19 +2,15 @@
 
 `VoteExchange` carries ballots to the owners and verdicts back, and counts every byte of payload where the collective is
 called.
-On CPU it runs on one `ExchangeThread`: a second collective started and awaited inside a `Future.then` callback hangs on
-Gloo, and on the default group it would race with DDP's own collectives (measured facts in DESIGN.md). On CUDA the same
-code is enqueued on a side stream and the host waits for nothing.
+On CPU it runs on one `ExchangeThread`, with a process group of its own, because on the default group it would race with
+DDP's own collectives (measured facts in DESIGN.md). On CUDA the same code is enqueued on a side stream and the host
+waits for nothing.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -22,23 +18,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distsign.kernels import Kernels
-from distsign.layout import Layout
+from distsign.layout import IntArray
+from distsign.owner import Owner
+from distsign.payload import Form
 from distsign.traffic import ExchangeBytes
-from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header, PayloadError
+from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Header, PayloadError
 
-__all__ = ["EXCHANGES", "ExchangeThread", "VoteExchange", "payload_headers", "world_size_of"]
+__all__ = ["EXCHANGES", "Verdicts", "VoteExchange", "world_size_of"]
 
 EXCHANGES = ("two_phase", "all_gather")
 T = TypeVar("T")
 
 
-def payload_headers(layout: Layout, device: torch.device, *, verdict: bool = False, poison: bool = False) -> Tensor:
-    """Return a buffer of this layout that is zero but for its headers, uint8 `[buffer_bytes]`."""
-    buffer = torch.zeros(layout.buffer_bytes, dtype=torch.uint8)
-    for offset, num_elements in zip(layout.offsets, layout.owned_elements, strict=True):
-        header = Header(Codec.PLANES, num_elements, verdict=verdict, poison=poison).encode()
-        buffer[offset : offset + HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-    return buffer.to(device)
+@dataclass(frozen=True)
+class Verdicts:
+    """What a vote came to, alike on all ranks.
+
+    Attributes:
+        planes: uint8 `[layout.buffer_bytes]`, where the group's layout puts them; its headers mean nothing.
+        crowded: bool `[num_pieces]`, the census: True where more wanted to vote than fits; None without caps.
+        poisoned: bool scalar tensor, True if any rank sent poison.
+    """
+
+    planes: Tensor
+    crowded: Tensor | None
+    poisoned: Tensor
 
 
 def world_size_of(group: dist.ProcessGroup | None) -> int:
@@ -121,7 +125,9 @@ class VoteExchange:
             arrived.append(tensor.to(device))
         return value if self.rank == source else _put_tensors(nest, arrived)
 
-    def vote(self, layout: Layout, ballots: Tensor, margin: int, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    def vote(
+        self, ballots: Form, verdicts: Form, buffer: Tensor, owner: Owner, starts: IntArray, kernels: Kernels
+    ) -> Verdicts:
         """Exchange ballots for verdicts.
 
         Two phases:
@@ -129,49 +135,86 @@ class VoteExchange:
         2. the owner tallies them, and its verdicts go to all ranks.
 
         Args:
-            layout: the group's layout.
-            ballots: uint8 `[layout.buffer_bytes]`, payloads for all owners.
-            margin: least lead.
+            ballots: form of the ballots' payloads.
+            verdicts: form of the verdicts' payloads.
+            buffer: uint8 `[ballots.buffer_bytes]`, this rank's payloads for all owners.
+            owner: what this rank counts with.
+            starts: int64 `[num_pieces]`, see `Owner.count`.
             kernels: backend of the buffer's device.
-
-        Returns:
-            `(verdicts, poisoned)`: uint8 in the same layout, and a bool scalar tensor, True if any rank sent poison.
 
         Raises:
             PayloadError: if a payload is not what this rank expects.
         """
         if self.kind == "all_gather":
-            return self._all_gather(layout, ballots, margin, kernels)
-        own = layout.sizes[self.rank]
-        received = self._all_to_all(ballots, list(layout.sizes), [own] * self.world_size).view(self.world_size, own)
-        expected = Header(Codec.PLANES, layout.owned_elements[self.rank])
-        poisoned = self._check(received[:, :HEADER_BYTES], [expected] * self.world_size)
-        verdict = _verdict_payload(layout, self.rank, poisoned)
-        body_bytes = layout.plane_bytes(self.rank)
-        kernels.tally(received, HEADER_BYTES, body_bytes, margin, verdict[HEADER_BYTES:])
-        verdicts = self._all_to_all(verdict.repeat(self.world_size), [own] * self.world_size, list(layout.sizes))
-        rows = torch.stack([verdicts[at : at + HEADER_BYTES] for at in layout.offsets])
-        headers = [Header(Codec.PLANES, n, verdict=True) for n in layout.owned_elements]
-        return verdicts, self._check(rows, headers)
+            return self._all_gather(ballots, verdicts, buffer, owner, starts, kernels)
+        own = ballots.sizes[self.rank]
+        received = self._all_to_all(buffer, list(ballots.sizes), [own] * self.world_size).view(self.world_size, own)
+        poisoned = self._check(received[:, :HEADER_BYTES], [ballots.headers[self.rank]] * self.world_size)
+        payload = self._count(ballots, verdicts, self.rank, received, poisoned, owner, starts, kernels)
+        own = verdicts.sizes[self.rank]
+        found = self._all_to_all(payload.repeat(self.world_size), [own] * self.world_size, list(verdicts.sizes))
+        rows = torch.stack([found[at : at + HEADER_BYTES] for at in verdicts.offsets])
+        poisoned = self._check(rows, list(verdicts.headers))
+        planes, crowded, ok = verdicts.open_all(found, kernels)
+        return Verdicts(planes, crowded, self._require(ok, poisoned, "verdicts"))
 
-    def _all_gather(self, layout: Layout, ballots: Tensor, margin: int, kernels: Kernels) -> tuple[Tensor, Tensor]:
-        total = layout.buffer_bytes
-        received = torch.empty(self.world_size, total, dtype=torch.uint8, device=ballots.device)
+    def _all_gather(
+        self, ballots: Form, verdicts: Form, buffer: Tensor, owner: Owner, starts: IntArray, kernels: Kernels
+    ) -> Verdicts:
+        total = ballots.buffer_bytes
+        received = torch.empty(self.world_size, total, dtype=torch.uint8, device=buffer.device)
         if self.group is None:
-            received[0] = ballots
+            received[0] = buffer
         else:
             # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
             all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            all_gather(received.view(-1), ballots, group=self.group)
+            all_gather(received.view(-1), buffer, group=self.group)
         others = (self.world_size - 1) * total
         self.counted += ExchangeBytes(others, others)
-        rows = torch.cat([received[:, at : at + HEADER_BYTES] for at in layout.offsets])
-        headers = [Header(Codec.PLANES, n) for n in layout.owned_elements for _ in range(self.world_size)]
-        poisoned = self._check(rows, headers)
-        verdicts = [_verdict_payload(layout, owner, poisoned) for owner in range(self.world_size)]
-        for owner, (at, verdict) in enumerate(zip(layout.offsets, verdicts, strict=True)):
-            kernels.tally(received, at + HEADER_BYTES, layout.plane_bytes(owner), margin, verdict[HEADER_BYTES:])
-        return torch.cat(verdicts), poisoned
+        rows = torch.cat([received[:, at : at + HEADER_BYTES] for at in ballots.offsets])
+        poisoned = self._check(rows, [header for header in ballots.headers for _ in range(self.world_size)])
+        payloads = []
+        for k, (at, size) in enumerate(zip(ballots.offsets, ballots.sizes, strict=True)):
+            mine = received[:, at : at + size].contiguous()
+            payloads.append(self._count(ballots, verdicts, k, mine, poisoned, owner, starts, kernels))
+        # Sealed and opened again although nothing travels: so both exchanges come to the same, whatever the caps are.
+        planes, crowded, ok = verdicts.open_all(torch.cat(payloads), kernels)
+        return Verdicts(planes, crowded, self._require(ok, poisoned, "verdicts"))
+
+    def _count(
+        self,
+        ballots: Form,
+        verdicts: Form,
+        shard: int,
+        received: Tensor,
+        poisoned: Tensor,
+        owner: Owner,
+        starts: IntArray,
+        kernels: Kernels,
+    ) -> Tensor:
+        """Turn all workers' payloads on one shard into the payload of its verdicts."""
+        rows, at, crowded, ok = ballots.open(shard, received, kernels)
+        poisoned = self._require(ok, poisoned, "ballots")
+        planes, too_many = owner.count(rows, at, ballots.layout, shard, verdicts.caps, starts, kernels)
+        if crowded is not None:
+            # A minority cannot raise the threshold, and so the learning rate, of all by claiming to be crowded.
+            crowded = too_many | (2 * crowded.sum(0) >= self.world_size)
+        return verdicts.seal_one(shard, planes, crowded, poisoned, kernels)
+
+    def _require(self, ok: Tensor, poisoned: Tensor, what: str) -> Tensor:
+        """Raise if a body was malformed; on CUDA, where that would wait, poison the step and remember it."""
+        if ok.device.type == "cpu":
+            # The body of a poisoned payload is void.
+            if not (poisoned or ok.all()):
+                senders = ", ".join(str(k) for k, fine in enumerate(ok.tolist()) if not fine)
+                raise PayloadError(
+                    f"rank {self.rank} cannot read the {what} of rank {senders}: the body is not one that this "
+                    "distsign writes. It was damaged on its way, or its sender does not run the same distsign"
+                )
+            return poisoned
+        bad = ~ok.all()
+        self._mismatch = bad if self._mismatch is None else self._mismatch | bad
+        return poisoned | bad
 
     def _all_to_all(self, source: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Send `send[k]` bytes to rank k and receive `receive[k]` from it."""
@@ -210,15 +253,6 @@ class VoteExchange:
                 f"a payload that reached {self.describe()} had a header other than expected; that step was poisoned on "
                 "all ranks. The ranks do not train the same model with the same options"
             )
-
-
-def _verdict_payload(layout: Layout, owner: int, poisoned: Tensor) -> Tensor:
-    """Return a payload for one owner's verdicts whose header is written and whose body is not."""
-    header = Header(Codec.PLANES, layout.owned_elements[owner], verdict=True).encode()
-    payload = torch.empty(layout.sizes[owner], dtype=torch.uint8, device=poisoned.device)
-    payload[:HEADER_BYTES] = torch.tensor(list(header), dtype=torch.uint8)
-    payload[POISON_BYTE] |= poisoned.to(torch.uint8) * POISON_FLAG
-    return payload
 
 
 @dataclass(frozen=True)
@@ -285,61 +319,3 @@ def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
         if timeout is not None:
             return timeout  # type: ignore[no-any-return]
     return None
-
-
-class ExchangeThread:
-    """Run jobs one after the other on a thread of its own, in the order in which they were submitted.
-
-    A job must not raise. The thread starts with the first job and ends with `close`, or with the process.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._idle = threading.Condition()
-        self._num_open = 0
-        self._thread: threading.Thread | None = None
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Queue a job; does not block."""
-        with self._idle:
-            self._num_open += 1
-        if self._thread is None:
-            # The thread must hold no reference to the owner, or an abandoned state would never be freed.
-            self._thread = threading.Thread(
-                target=_serve, args=(self._jobs, weakref.ref(self)), name=self._name, daemon=True
-            )
-            self._thread.start()
-        self._jobs.put(job)
-
-    def wait(self) -> None:
-        """Block until all submitted jobs are done."""
-        with self._idle:
-            self._idle.wait_for(lambda: self._num_open == 0)
-
-    def close(self) -> None:
-        """End the thread after the jobs that are queued."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join()
-            self._thread = None
-
-    def _done(self) -> None:
-        with self._idle:
-            self._num_open -= 1
-            self._idle.notify_all()
-
-    def __del__(self) -> None:
-        self._jobs.put(None)
-
-
-def _serve(jobs: SimpleQueue[Callable[[], None] | None], owner: weakref.ref[ExchangeThread]) -> None:
-    while (job := jobs.get()) is not None:
-        try:
-            job()
-        finally:
-            del job  # it holds a bucket
-            thread = owner()
-            if thread is not None:
-                thread._done()
-            del thread

@@ -8,14 +8,18 @@ of undecided votes must survive that (DESIGN.md, rules of the vote).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from distsign.kernels.spans import Spans, plane_bytes
 from distsign.wire.header import HEADER_BYTES
 
-__all__ = ["Layout", "Shape", "shards"]
+__all__ = ["IntArray", "Layout", "Shape", "shards"]
+
+IntArray = npt.NDArray[np.int64]
 
 _SMALL_ELEMENTS = 1024
 _SMALL_SHARD = 32
@@ -30,10 +34,12 @@ class Shape:
     Args:
         index: place of the parameter in the model's order, the same on every rank; decides who owns a small one.
         num_elements: its size.
+        home: its first element in what the worker keeps per component.
     """
 
     index: int
     num_elements: int
+    home: int = 0
 
 
 def shards(shape: Shape, world_size: int) -> list[tuple[int, int, int]]:
@@ -65,25 +71,52 @@ class Layout:
 
     Attributes:
         params: per bucket, its parameters as spans of the bucket's flat gradient; rows count through the group.
-        pieces: per bucket, its shards as spans with their places in the buffer.
+        pieces: per bucket, its shards as spans with their places in the buffer and their homes.
+        owners: per bucket, the owner of each piece.
+        shapes: the parameter of each row.
         offsets: per owner, first byte of its payload in the buffer.
         sizes: per owner, bytes of its payload.
         owned_elements: per owner, elements it counts.
         num_elements: of the whole group.
-        lengths: elements of each row (parameter).
     """
 
     params: tuple[Spans, ...]
     pieces: tuple[Spans, ...]
+    owners: tuple[IntArray, ...]
+    shapes: tuple[Shape, ...]
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     owned_elements: tuple[int, ...]
-    lengths: tuple[int, ...]
 
-    @property
+    @cached_property
     def num_elements(self) -> int:
         """Elements of the whole group."""
-        return sum(self.lengths)
+        return sum(shape.num_elements for shape in self.shapes)
+
+    @cached_property
+    def all_pieces(self) -> Spans:
+        """The pieces of all buckets, in order; `start` is of no use in it."""
+        return Spans(*(np.concatenate([getattr(p, field.name) for p in self.pieces]) for field in fields(Spans)))
+
+    def owned(self, owner: int) -> tuple[Spans, IntArray]:
+        """Return one owner's pieces and their numbers among all of them.
+
+        The places of their planes count from the first byte of the owner's mask planes, and `home` from the first
+        element of their parameter.
+        """
+        pieces = self.all_pieces
+        chosen = np.flatnonzero(np.concatenate(self.owners) == owner)
+        body = self.offsets[owner] + HEADER_BYTES
+        first = np.asarray([shape.home for shape in self.shapes], dtype=np.int64)[pieces.row[chosen]]
+        spans = Spans(
+            pieces.start[chosen],
+            pieces.length[chosen],
+            pieces.row[chosen],
+            pieces.mask_at[chosen] - body,
+            pieces.sign_at[chosen] - body,
+            pieces.home[chosen] - first,
+        )
+        return spans, chosen
 
     @property
     def buffer_bytes(self) -> int:
@@ -102,20 +135,23 @@ class Layout:
             buckets: the parameters of each bucket in the order in which they lie in its flat gradient.
             world_size: number of owners.
         """
-        rows: list[list[tuple[int, int, int, int]]] = []  # per bucket: start in the bucket, length, row, owner
+        # per bucket: start in the bucket, length, row, owner, home
+        rows: list[list[tuple[int, int, int, int, int]]] = []
         row = 0
         for bucket in buckets:
             start = 0
             rows.append([])
             for shape in bucket:
-                rows[-1] += [(start + a, b - a, row, owner) for owner, a, b in shards(shape, world_size)]
+                rows[-1] += [
+                    (start + a, b - a, row, owner, shape.home + a) for owner, a, b in shards(shape, world_size)
+                ]
                 start += shape.num_elements
                 row += 1
         planes, elements = [0] * world_size, [0] * world_size
         places: list[list[int]] = []  # per bucket and piece: byte in its owner's mask planes
         for pieces in rows:
             places.append([])
-            for _, length, _, owner in pieces:
+            for _, length, _, owner, _ in pieces:
                 places[-1].append(planes[owner])
                 planes[owner] += plane_bytes(length)
                 elements[owner] += length
@@ -124,10 +160,11 @@ class Layout:
         return cls(
             params=tuple(_params(buckets)),
             pieces=tuple(_pieces(pieces, place, offsets, planes) for pieces, place in zip(rows, places, strict=True)),
+            owners=tuple(np.asarray([piece[3] for piece in pieces], dtype=np.int64) for pieces in rows),
+            shapes=tuple(shape for bucket in buckets for shape in bucket),
             offsets=tuple(offsets),
             sizes=tuple(sizes),
             owned_elements=tuple(elements),
-            lengths=tuple(shape.num_elements for bucket in buckets for shape in bucket),
         )
 
 
@@ -135,10 +172,11 @@ def _params(buckets: Sequence[Sequence[Shape]]) -> list[Spans]:
     return [Spans.whole([shape.num_elements for shape in bucket]) for bucket in buckets]
 
 
-def _pieces(pieces: list[tuple[int, int, int, int]], places: list[int], offsets: list[int], planes: list[int]) -> Spans:
-    table = np.asarray(pieces, dtype=np.int64).reshape(-1, 4)
-    owner = table[:, 3]
+def _pieces(
+    pieces: list[tuple[int, int, int, int, int]], places: list[int], offsets: list[int], planes: list[int]
+) -> Spans:
+    table = np.asarray(pieces, dtype=np.int64).reshape(-1, 5)
+    start, length, row, owner, home = (np.ascontiguousarray(column) for column in table.T)
     mask_at = np.asarray(offsets, dtype=np.int64)[owner] + HEADER_BYTES + np.asarray(places, dtype=np.int64)
     sign_at = mask_at + np.asarray(planes, dtype=np.int64)[owner]
-    start, length, row = (np.ascontiguousarray(column) for column in table.T[:3])
-    return Spans(start, length, row, mask_at, sign_at)
+    return Spans(start, length, row, mask_at, sign_at, home)

@@ -66,6 +66,15 @@ class ParameterRegistry:
             )
         return {name: row for row, name in self._name_by_row.items()}
 
+    @property
+    def is_named(self) -> bool:
+        """Whether `track` has been called."""
+        return bool(self._name_by_row)
+
+    def row(self, parameter: Tensor) -> int | None:
+        """Return the row of a parameter, None where it has none."""
+        return self._row_by_id.get(id(parameter))
+
     def name(self, row: int) -> str | None:
         """Return the name of the parameter in a row, None where it has none."""
         return self._name_by_row.get(row)

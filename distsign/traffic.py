@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distsign.layout import Layout, Shape
+from distsign.payload import forms
 
 __all__ = ["ExchangeBytes", "Traffic", "exchange_bytes", "ring_all_reduce_bytes", "step_bytes"]
 
@@ -64,16 +65,19 @@ def ring_all_reduce_bytes(num_elements: int, bytes_per_element: int, world_size:
     return 4 * num_elements * bytes_per_element * (world_size - 1) // world_size
 
 
-def exchange_bytes(sizes: Sequence[int], rank: int, exchange: str = "two_phase") -> ExchangeBytes:
+def exchange_bytes(
+    sizes: Sequence[int], rank: int, exchange: str = "two_phase", verdict_sizes: Sequence[int] | None = None
+) -> ExchangeBytes:
     """Return what one rank sends and receives in one exchange of payloads.
 
     Two phases: ballots to each other owner, this rank's verdicts to each other rank; and ballots on this rank's shard
     from each other rank, verdicts from each other owner. All-gather: all ballots to each other rank, and theirs here.
 
     Args:
-        sizes: per owner, bytes of its payload, header included.
+        sizes: per owner, bytes of the payload of ballots on its shard, header included.
         rank: the rank in question.
         exchange: `"two_phase"` or `"all_gather"`.
+        verdict_sizes: per owner, bytes of its payload of verdicts; None where they are as long as the ballots.
 
     Example:
         >>> exchange_bytes([108, 108, 58], rank=2)
@@ -82,26 +86,42 @@ def exchange_bytes(sizes: Sequence[int], rank: int, exchange: str = "two_phase")
     others = len(sizes) - 1
     if exchange == "all_gather":
         return ExchangeBytes(others * sum(sizes), others * sum(sizes))
-    both = sum(sizes) - sizes[rank] + others * sizes[rank]
-    return ExchangeBytes(both, both)
+    back = sizes if verdict_sizes is None else verdict_sizes
+    return ExchangeBytes(
+        sum(sizes) - sizes[rank] + others * back[rank],
+        others * sizes[rank] + sum(back) - back[rank],
+    )
 
 
 def step_bytes(
-    groups: Sequence[Sequence[Shape]], world_size: int, rank: int, exchange: str = "two_phase"
+    groups: Sequence[Sequence[Shape]],
+    world_size: int,
+    rank: int,
+    exchange: str = "two_phase",
+    *,
+    density: float | None = None,
+    wire: str = "auto",
+    owner_carry: bool = True,
 ) -> ExchangeBytes:
-    """Return what one rank sends and receives in one training step with planes.
+    """Return what one rank sends and receives in one training step.
 
     Args:
         groups: the parameters of each exchange group.
         world_size: number of ranks.
         rank: the rank in question.
         exchange: `"two_phase"` or `"all_gather"`.
+        density: share of the components that payloads have slots for; None without a cap, planes.
+        wire: `"planes"`, `"sparse"` or `"auto"`, with a density.
+        owner_carry: whether owners keep what does not fit; else verdicts have slots for the ballots of all.
 
     Example:
         >>> step_bytes([[Shape(0, 4096), Shape(1, 10)]], world_size=4, rank=0)
         ExchangeBytes(sent_bytes=1588, received_bytes=1588)
+        >>> step_bytes([[Shape(0, 1 << 20)]], world_size=4, rank=0, density=0.01)
+        ExchangeBytes(sent_bytes=18876, received_bytes=18876)
     """
     total = ExchangeBytes()
     for group in groups:
-        total += exchange_bytes(Layout.build([group], world_size).sizes, rank, exchange)
+        ballots, verdicts = forms(Layout.build([group], world_size), density, wire, owner_carry=owner_carry)
+        total += exchange_bytes(ballots.sizes, rank, exchange, verdicts.sizes)
     return total

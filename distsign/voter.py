@@ -1,50 +1,113 @@
-"""One worker's side of the vote: its confidence, and what it remembers per parameter."""
+"""One worker's side of the vote: its confidence, and what it remembers per parameter and per component."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distsign.ballots import keep_idle_stats
 from distsign.confidence import Confidence
-from distsign.kernels import Kernels
-from distsign.layout import Layout
+from distsign.kernels import CarryRule, Kernels, Memory
+from distsign.layout import IntArray, Layout
 
-__all__ = ["Voter"]
+__all__ = ["Cast", "Voter", "rotating_starts"]
+
+
+@dataclass(frozen=True)
+class Cast:
+    """What came of casting one exchange group's ballots.
+
+    Attributes:
+        num_ballots: int64 scalar tensor, ballots written.
+        finite: bool scalar tensor, False if any gradient held a NaN or an infinity.
+        crowded: bool `[num_pieces]`, True where more wanted to vote than fits; None without caps.
+    """
+
+    num_ballots: Tensor
+    finite: Tensor
+    crowded: Tensor | None
+
+
+def rotating_starts(layout: Layout, step: int) -> IntArray:
+    """Return for each piece the byte of its plane where a step's choice begins, int64 `[num_pieces]`.
+
+    Steps go round by the golden ratio, so that after any number of them the starts lie evenly spread; each parameter is
+    turned against the others.
+    """
+    pieces = layout.all_pieces
+    index = np.asarray([shape.index for shape in layout.shapes], dtype=np.int64)[pieces.row]
+    turn = ((step + 7 * index) * 2654435769) % 2**32
+    starts: IntArray = turn * ((pieces.length + 7) // 8) >> 32
+    return starts
 
 
 class Voter:
-    """Turn gradients into ballots, and keep the confidence function's stats per parameter.
+    """Turn gradients into ballots, and keep the confidence function's stats and the carry.
 
     Nothing is remembered of a step before `commit`: a step that was poisoned anywhere must leave no trace, and its
     other buckets may have been voted on before that is known.
 
     Args:
         confidence: the confidence function.
+        carry: the dtype in which what was not sent is kept for the next step, float32 or bfloat16; None keeps nothing.
 
     Attributes:
         stats: float64 `[num_params, num_stats]`, one row a parameter, on the gradients' device.
+        memory: what is kept per component; None without a carry.
     """
 
-    def __init__(self, confidence: Confidence) -> None:
+    def __init__(self, confidence: Confidence, carry: torch.dtype | None = None) -> None:
         self.confidence = confidence
         self.stats = confidence.init_stats(0)
+        self.memory: Memory | None = None
+        if carry is not None:
+            squares = confidence.square_decay is not None
+            self.memory = Memory(
+                torch.zeros(2, 0, dtype=carry),
+                torch.zeros(2, 0) if squares else None,
+                torch.zeros((), dtype=torch.int64),
+            )
+        self._homes = [0]
         self._pending: list[tuple[Tensor, Tensor]] = []
         # Kept until the next step: on CUDA, `commit` runs on another stream than the one that will reuse their memory.
         self._committed: list[tuple[Tensor, Tensor]] = []
 
-    def grow(self, num_params: int, device: torch.device) -> None:
-        """Make room for parameters up to `num_params`, on this device."""
-        missing = num_params - self.stats.shape[0]
-        self.stats = self.stats.to(device)
-        if missing > 0:
-            self.stats = torch.cat([self.stats, self.confidence.init_stats(missing, device)])
+    def grow(self, lengths: Sequence[int], device: torch.device) -> None:
+        """Make room for all parameters, whose sizes are given, on this device."""
+        known = len(self._homes) - 1
+        if len(lengths) == known and self.stats.device == device:
+            return
+        for length in lengths[known:]:
+            self._homes.append(self._homes[-1] + length)
+        self.stats = torch.cat([self.stats.to(device), self.confidence.init_stats(len(lengths) - known, device)])
+        if self.memory is not None:
+            square = None if self.memory.square is None else self._grown(self.memory.square, device)
+            self.memory = Memory(self._grown(self.memory.carry, device), square, self.memory.live.to(device))
+
+    def _grown(self, halves: Tensor, device: torch.device) -> Tensor:
+        return torch.nn.functional.pad(halves.to(device), (0, self._homes[-1] - halves.shape[1]))
+
+    def home(self, row: int) -> int:
+        """Return the first element of a parameter in the memory."""
+        return self._homes[row]
 
     def cast(
-        self, grads: Sequence[Tensor], layout: Layout, rows: Tensor, *, scale: Tensor, kernels: Kernels, out: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        grads: Sequence[Tensor],
+        layout: Layout,
+        rows: Tensor,
+        *,
+        scale: Tensor,
+        kernels: Kernels,
+        out: Tensor,
+        factors: Tensor | None = None,
+        caps: IntArray | None = None,
+        starts: IntArray | None = None,
+    ) -> Cast:
         """Write the ballots of one exchange group into its buffer.
 
         Args:
@@ -54,9 +117,9 @@ class Voter:
             scale: float64 scalar tensor, the loss scale.
             kernels: backend of the gradients' device.
             out: uint8 `[layout.buffer_bytes]`, changed where the planes lie.
-
-        Returns:
-            `(num_ballots, finite)`, scalar tensors: ballots cast, and False if any gradient held a NaN or an infinity.
+            factors: float64 `[num_rows]` on the thresholds; None is 1.
+            caps: int64 `[num_pieces]`, most ballots of each piece, which needs a carry for the others; None: no cap.
+            starts: int64 `[num_pieces]`, with caps: see `rotating_starts`.
         """
         old = self.stats[rows]
         moments = None
@@ -64,17 +127,61 @@ class Voter:
             found = [kernels.moments(grad, spans) for grad, spans in zip(grads, layout.params, strict=True)]
             moments = torch.cat(found) / scale
         alpha, new = self.confidence.thresholds(old, moments)
-        thresholds = (alpha * scale).float()
-        counts = torch.zeros(len(layout.lengths), dtype=torch.int64, device=out.device)
-        finite = torch.ones((), dtype=torch.bool, device=out.device)
-        for grad, pieces in zip(grads, layout.pieces, strict=True):
-            part, ok = kernels.pack(grad, pieces, thresholds, out)
-            counts += part
-            finite = finite & ok
-        lengths = torch.tensor(layout.lengths, dtype=torch.float64, device=out.device)
-        new = self.confidence.observe(new, counts / lengths.clamp(min=1.0))
-        self._pending.append((rows, keep_idle_stats(old, new, moments)))
-        return counts.sum(), finite
+        if factors is not None:
+            alpha = alpha * factors
+        crowded = None
+        if self.memory is None:
+            counts, finite = self._pack(grads, layout, (alpha * scale).float(), kernels, out)
+            active = None if moments is None else (moments != 0).any(1)
+        else:
+            active = torch.cat([kernels.active(grad, spans) for grad, spans in zip(grads, layout.params, strict=True)])
+            corrections = self.confidence.corrections(new)
+            rule = CarryRule(
+                alpha.float(),
+                active,
+                scale.reciprocal().float(),
+                None if corrections is None else corrections.float(),
+                self.confidence.square_decay or 0.0,
+            )
+            counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=caps is None)
+            if caps is not None:
+                assert starts is not None
+                counts, crowded = self._settle(layout, caps, starts, counts, kernels, out)
+        lengths = torch.tensor(
+            [max(1, shape.num_elements) for shape in layout.shapes], dtype=torch.float64, device=out.device
+        )
+        new = self.confidence.observe(new, counts / lengths)
+        self._pending.append((rows, keep_idle_stats(old, new, active)))
+        return Cast(counts.sum(), finite, crowded)
+
+    def _pack(
+        self, grads: Sequence[Tensor], layout: Layout, thresholds: Tensor, kernels: Kernels, out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        parts = [kernels.pack(g, pieces, thresholds, out) for g, pieces in zip(grads, layout.pieces, strict=True)]
+        return _summed(parts)
+
+    def _pack_carry(
+        self, grads: Sequence[Tensor], layout: Layout, rule: CarryRule, kernels: Kernels, out: Tensor, *, clear: bool
+    ) -> tuple[Tensor, Tensor]:
+        assert self.memory is not None
+        parts = [
+            kernels.pack_carry(g, pieces, rule, self.memory, out, clear=clear)
+            for g, pieces in zip(grads, layout.pieces, strict=True)
+        ]
+        return _summed(parts)
+
+    def _settle(
+        self, layout: Layout, caps: IntArray, starts: IntArray, counts: Tensor, kernels: Kernels, out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keep what fits; return the ballots left of each row, and which pieces had more."""
+        assert self.memory is not None
+        limits = torch.from_numpy(caps)
+        pieces = layout.all_pieces
+        wanted = kernels.settle_carry(out, pieces, limits, torch.from_numpy(starts), self.memory)
+        limits = limits.to(wanted.device)
+        row = torch.from_numpy(pieces.row).to(wanted.device)
+        kept = torch.zeros_like(counts).index_add_(0, row, torch.minimum(wanted, limits))
+        return kept, wanted > limits
 
     def commit(self, poisoned: Tensor) -> None:
         """Remember what this step's casts have changed, or forget it if the step was poisoned.
@@ -84,9 +191,36 @@ class Voter:
         """
         for rows, new in self._pending:
             self.stats[rows] = torch.where(poisoned, self.stats[rows], new)
+        if self.memory is not None:
+            live = self.memory.live.to(poisoned.device)
+            self.memory = Memory(self.memory.carry, self.memory.square, torch.where(poisoned, live, 1 - live))
         self._committed, self._pending = self._pending, []
 
     def begin_step(self) -> None:
         """Drop what the last step cast: it is committed, or the step broke off."""
         self._pending.clear()
         self._committed.clear()
+
+    def kept(self, row: int) -> dict[str, Tensor]:
+        """Return a copy of what is remembered of one parameter, for checkpoints."""
+        found = {"stats": self.stats[row].clone()}
+        if self.memory is not None:
+            live, part = int(self.memory.live), slice(self._homes[row], self._homes[row + 1])
+            found["carry"] = self.memory.carry[live, part].clone()
+            if self.memory.square is not None:
+                found["square"] = self.memory.square[live, part].clone()
+        return found
+
+    def keep(self, row: int, kept: Mapping[str, Tensor]) -> None:
+        """Take up what `kept` returned."""
+        self.stats[row] = kept["stats"].to(self.stats.device)
+        if self.memory is not None:
+            part = slice(self._homes[row], self._homes[row + 1])
+            self.memory.carry[:, part] = kept["carry"].to(self.stats.device)
+            if self.memory.square is not None:
+                self.memory.square[:, part] = kept["square"].to(self.stats.device)
+
+
+def _summed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    counts, finite = zip(*parts, strict=True)
+    return torch.stack(counts).sum(0), torch.stack(finite).all()

@@ -16,9 +16,12 @@ LAYERS: list[set[str]] = [
     {"confidence", "wire", "vote", "agreement", "registry", "optim_reference"},
     {"kernels"},
     {"ballots", "layout"},
-    {"traffic", "voter"},
+    {"payload", "voter", "owner", "steering"},
+    {"traffic"},
     {"statistics"},
-    {"exchange", "optim"},
+    {"exchange", "exchange_thread", "optim"},
+    {"options"},
+    {"pipeline"},
     {"hook"},
     {"rivals", "robustness"},
     {"simulator", "study"},
@@ -158,7 +161,7 @@ def test_only_the_exchange_calls_collectives(name: str) -> None:
     if part(name) == CALLS_COLLECTIVES:
         assert {"all_to_all_single", "new_group"} <= uses_of_distributed(tree_of(name))
         return
-    allowed = HOOK_MAY_USE if part(name) == "hook" else set()
+    allowed = HOOK_MAY_USE if part(name) in {"hook", "pipeline"} else set()
     found = uses_of_distributed(tree_of(name)) - allowed
     assert not found, f"{name} uses torch.distributed's {', '.join(sorted(found))}: that belongs into exchange.py"
 

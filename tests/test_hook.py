@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distsign import AdaptiveConfidence, FixedConfidence, SignVoteState, TargetDensity, sign_vote_hook
+from distsign import AdaptiveConfidence, FixedConfidence, RMSConfidence, SignVoteState, TargetDensity, sign_vote_hook
 
 
 @pytest.mark.parametrize(
@@ -18,11 +18,17 @@ from distsign import AdaptiveConfidence, FixedConfidence, SignVoteState, TargetD
         ({"margin": 0}, "margin must be an integer of at least 1, got 0"),
         ({"margin": 1.5}, "margin must be an integer"),
         ({"exchange": "ring"}, "exchange must be one of two_phase, all_gather, got 'ring'"),
-        ({"wire": "sparse"}, "wire must be"),
+        ({"wire": "ternary"}, "wire must be one of auto, planes, sparse, got 'ternary'"),
         ({"l2": -1.0}, "l2 must be a number of at least 0"),
-        ({"carry": True}, "carry=True is not in this version"),
-        ({"owner_carry": True}, "owner_carry=True is not in this version"),
-        ({"bits_per_param": 0.05}, "bits_per_param=0.05 is not in this version"),
+        ({"carry": "yes"}, "carry must be True, False, torch.float32 or torch.bfloat16, got 'yes'"),
+        ({"carry": torch.float16}, "carry must be"),
+        ({"owner_carry": "both"}, "owner_carry must be True, False, or one of 'plain', 'standing', got 'both'"),
+        ({"bits_per_param": 0.0}, "bits_per_param must be a number above 0"),
+        ({"bits_per_param": 0.05, "carry": False}, "bits_per_param needs carry=True"),
+        ({"bits_per_param": 0.05, "owner_carry": False}, "bits_per_param needs owner_carry=True"),
+        ({"bits_per_param": 0.05, "wire": "planes"}, "leave wire='planes' out"),
+        ({"wire": "sparse"}, "wire='sparse' .* set carry=True"),
+        ({"confidence": RMSConfidence(), "carry": False}, "requires a carry"),
         ({"exclude": ["norm"]}, "exclude=.* is not in this version"),
         ({"ranks_per_node": 2}, "ranks_per_node=2 is not in this version"),
     ],
@@ -55,7 +61,7 @@ def test_checkpoints_of_something_else_are_refused() -> None:
         tracked(TargetDensity(0.1), nn.Linear(2, 2)).load_state_dict(saved)
     with pytest.raises(ValueError, match="format is 7"):
         tracked(AdaptiveConfidence(), nn.Linear(2, 2)).load_state_dict({**saved, "format": 7})
-    stranger = {**saved, "stats": {"elsewhere": torch.zeros(1)}}
+    stranger = {**saved, "voter": {"elsewhere": {"stats": torch.zeros(1)}}}
     with pytest.raises(ValueError, match="'elsewhere'"):
         tracked(AdaptiveConfidence(), nn.Linear(2, 2)).load_state_dict(stranger)
 

@@ -126,8 +126,8 @@ def test_pieces_cover_each_bucket_once(buckets: list[list[Shape]], world_size: i
         assert params.length.tolist() == [shape.num_elements for shape in bucket]
         assert params.start.tolist() == [sum(s.num_elements for s in bucket[:k]) for k in range(len(bucket))]
         assert params.row.tolist() == list(range(len(bucket)))
-    assert list(layout.lengths) == [shape.num_elements for bucket in buckets for shape in bucket]
-    assert layout.num_elements == sum(layout.lengths) == sum(layout.owned_elements)
+    assert list(layout.shapes) == [shape for bucket in buckets for shape in bucket]
+    assert layout.num_elements == sum(layout.owned_elements) == sum(s.num_elements for s in layout.shapes)
 
 
 @given(groups, WORLD_SIZES)

@@ -49,7 +49,7 @@ class Worker:
         self.rows = torch.tensor([shape.index for bucket in buckets for shape in bucket], dtype=torch.int64)
         self.kernels = kernels
         self.voter = Voter(confidence)
-        self.voter.grow(NUM_PARAMS, torch.device("cpu"))
+        self.voter.grow([3000, 70, 1, 1025, 512], torch.device("cpu"))
 
     def gradient(self, step: int, spread: float = 1.0) -> list[Tensor]:
         """Return a flat gradient a bucket; each parameter has a scale of its own."""
@@ -62,7 +62,7 @@ class Worker:
     def cast(self, grads: Sequence[Tensor], scale: float = 1.0) -> Cast:
         out = torch.zeros(self.layout.buffer_bytes, dtype=torch.uint8)
         before = [grad.clone() for grad in grads]
-        count, finite = self.voter.cast(
+        cast = self.voter.cast(
             grads,
             self.layout,
             self.rows,
@@ -76,7 +76,7 @@ class Worker:
             flat = torch.empty_like(grad)
             reference.unpack(out, pieces, torch.tensor(1.0), flat)
             ballots += flat.split([shape.num_elements for shape in bucket])
-        return Cast(ballots, out, int(count), bool(finite))
+        return Cast(ballots, out, int(cast.num_ballots), bool(cast.finite))
 
 
 # --------------------------------------------------------------------------------------------------------------- cast
@@ -332,9 +332,9 @@ def test_an_unknown_loss_scale_would_change_the_ballots() -> None:
 def test_growing_keeps_what_is_there(confidence: Confidence) -> None:
     voter = Voter(confidence)
     assert voter.stats.shape == (0, confidence.num_stats)
-    voter.grow(2, torch.device("cpu"))
+    voter.grow([3, 4], torch.device("cpu"))
     voter.stats += 0.5
-    voter.grow(5, torch.device("cpu"))
-    voter.grow(3, torch.device("cpu"))
+    voter.grow([3, 4, 1, 1, 1], torch.device("cpu"))
+    voter.grow([3, 4, 5, 6, 7], torch.device("cpu"))
     assert voter.stats.dtype == torch.float64
     assert torch.equal(voter.stats, torch.cat([confidence.init_stats(2) + 0.5, confidence.init_stats(3)]))

@@ -272,7 +272,7 @@ def train_uneven(rank: int, world_size: int) -> tuple[str, str, str]:
             model(x).square().mean().backward()
             verdicts.append({name: p.grad.to(torch.int8) for name, p in net.named_parameters()})
             optimizer.step()
-    stats = {name: state._voter.stats[row] for name, row in state._registry.names().items()}
+    stats = {name: state._pipeline.voter.stats[row] for name, row in state._registry.names().items()}
     for name, mine in oracle.stats.items():
         assert torch.equal(stats["module." + name], mine), f"{name}: a joined rank changed its statistics"
     everyone: list[Any] = [None] * world_size
@@ -372,7 +372,7 @@ def resume(rank: int, world_size: int) -> None:
     resumed[2].load_state_dict(saved["vote"])
     train(resumed, optimizer, range(5, 10))
     assert digest(unbroken[0]) == digest(resumed[0])
-    assert torch.equal(unbroken[2]._voter.stats, resumed[2]._voter.stats)
+    assert torch.equal(unbroken[2]._pipeline.voter.stats, resumed[2]._pipeline.voter.stats)
     whole, parts = unbroken[2].traffic(), resumed[2].traffic()
     # A new process begins with DDP's first bucket layout again, so that one step more has other headers.
     assert abs(whole.sent_bytes - parts.sent_bytes) < 200
@@ -407,7 +407,7 @@ def one_step(rank: int, world_size: int, option: str, odd_rank: int) -> None:
         case.options["margin"] = 1
     net, model, state = build(case)
     if option == "unreachable margin" and odd:
-        state.margin = 9  # as if it had been given before the process group was there
+        state._options = replace(state._options, margin=9)  # as if it had been given before the process group was there
     if option == "loss_scale" and odd:
         state.loss_scale = 8.0
     model(batch(rank, 0, 0, torch.float32)).square().mean().backward()

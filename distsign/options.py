@@ -1,0 +1,130 @@
+"""What a user chooses for a vote, checked as far as it can be before the first step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from distsign.confidence import Confidence
+from distsign.exchange import EXCHANGES
+from distsign.owner import OWNER_CARRIES
+from distsign.vote import require_margin
+
+__all__ = ["VoteOptions"]
+
+_WIRES = ("auto", "planes", "sparse")
+_CARRY_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class VoteOptions:
+    """The options of a `SignVoteState`, which says what they mean.
+
+    Attributes:
+        carry: dtype of the carry; None where there is none.
+        owner_carry: see `owner.OWNER_CARRIES`.
+    """
+
+    confidence: Confidence
+    margin: int
+    carry: torch.dtype | None
+    owner_carry: str | None
+    exchange: str
+    wire: str
+    bits_per_param: float | None
+    l2: float
+
+    @property
+    def capped(self) -> bool:
+        """Whether payloads have a fixed number of slots, and what does not fit stays in the carries."""
+        return self.carry is not None and self.wire != "planes"
+
+    @classmethod
+    def check(
+        cls,
+        *,
+        confidence: object,
+        margin: object,
+        carry: object,
+        owner_carry: object,
+        exchange: object,
+        wire: object,
+        bits_per_param: object,
+        l2: object,
+    ) -> VoteOptions:
+        """Return the options with their defaults filled in.
+
+        Raises:
+            ValueError: if one is out of range, or two do not go together.
+        """
+        if not isinstance(confidence, Confidence):
+            raise ValueError(
+                f"confidence must be a confidence function such as AdaptiveConfidence(), got {confidence!r}"
+            )
+        if exchange not in EXCHANGES:
+            raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
+        if wire not in _WIRES:
+            raise ValueError(f"wire must be one of {', '.join(_WIRES)}, got {wire!r}")
+        if isinstance(l2, bool) or not (isinstance(l2, (int, float)) and 0.0 <= l2 < math.inf):
+            raise ValueError(f"l2 must be a number of at least 0, got {l2!r}")
+        if bits_per_param is not None and (
+            isinstance(bits_per_param, bool)
+            or not (isinstance(bits_per_param, (int, float)) and 0.0 < bits_per_param < math.inf)
+        ):
+            raise ValueError(f"bits_per_param must be a number above 0, or None, got {bits_per_param!r}")
+        if bits_per_param is not None and wire == "planes":
+            raise ValueError("bits_per_param fixes the size of sparse payloads: leave wire='planes' out")
+        kept = _carry_dtype(carry, confidence, bits_per_param)
+        owner_kept = _owner_carry(owner_carry, bits_per_param)
+        if wire == "sparse" and kept is None:
+            raise ValueError(
+                "wire='sparse' has a fixed number of slots, and what does not fit needs a carry: set carry=True"
+            )
+        return cls(
+            confidence,
+            require_margin(margin),
+            kept,
+            owner_kept,
+            str(exchange),
+            str(wire),
+            None if bits_per_param is None else float(bits_per_param),
+            float(l2),
+        )
+
+
+def _carry_dtype(carry: object, confidence: Confidence, bits_per_param: object) -> torch.dtype | None:
+    if carry is None:
+        carry = confidence.requires_carry or bits_per_param is not None
+    if carry is True:
+        carry = torch.float32
+    if carry is not False and carry not in _CARRY_DTYPES:
+        raise ValueError(f"carry must be True, False, torch.float32 or torch.bfloat16, got {carry!r}")
+    if carry is False and confidence.requires_carry:
+        raise ValueError(
+            f"{confidence!r} requires a carry: a single gradient never passes its threshold, and no parameter would "
+            "ever move. Leave carry=False out"
+        )
+    if carry is False and bits_per_param is not None:
+        raise ValueError(
+            "bits_per_param needs carry=True: ballots that do not fit into the budget would be lost. Leave carry=False "
+            "out"
+        )
+    return carry if isinstance(carry, torch.dtype) else None
+
+
+def _owner_carry(owner_carry: object, bits_per_param: object) -> str | None:
+    if owner_carry is None:
+        owner_carry = bits_per_param is not None
+    if isinstance(owner_carry, bool):
+        if bits_per_param is not None and not owner_carry:
+            raise ValueError(
+                "bits_per_param needs owner_carry=True or 'standing': voters have cleared what an owner could not send "
+                "within the budget. Leave owner_carry=False out"
+            )
+        return "plain" if owner_carry else None
+    if not isinstance(owner_carry, str) or owner_carry not in OWNER_CARRIES:
+        known = ", ".join(repr(kind) for kind in OWNER_CARRIES if kind is not None)
+        raise ValueError(f"owner_carry must be True, False, or one of {known}, got {owner_carry!r}")
+    return owner_carry

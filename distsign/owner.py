@@ -1,0 +1,205 @@
+"""An owner's side of the vote: tally, margin, and what it keeps of the votes that have not decided anything yet."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distsign.kernels import Kernels, Spans
+from distsign.layout import IntArray, Layout
+
+__all__ = ["OWNER_CARRIES", "Owner", "Piece", "make_owner"]
+
+Piece = tuple[int, int, int]
+"""One owner's part of a parameter: the parameter's index, its first element in it, and its length."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How many verdicts of each of an owner's pieces may be sent, and where the choice begins; int64 on the CPU."""
+
+    caps: Tensor
+    starts: Tensor
+
+
+class Owner(ABC):
+    """Count ballots on the pieces that this rank owns, and keep what they leave.
+
+    Like a worker's memory, what is kept has two halves, of which a step reads one and writes the other; they change
+    their roles at `commit`, unless the step was poisoned.
+
+    Args:
+        margin: least lead.
+        num_voters: workers whose ballots are counted.
+    """
+
+    kind: ClassVar[str | None]
+
+    def __init__(self, margin: int, num_voters: int) -> None:
+        self.margin = margin
+        self.num_voters = num_voters
+        self._live = torch.zeros((), dtype=torch.int64)
+
+    def count(
+        self,
+        ballots: Tensor,
+        at: int,
+        layout: Layout,
+        owner: int,
+        caps: IntArray | None,
+        starts: IntArray,
+        kernels: Kernels,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the verdicts on one owner's pieces.
+
+        Args:
+            ballots: uint8 `[num_voters, any]`, each row with that worker's planes from byte `at`.
+            at: see above.
+            layout: the group's.
+            owner: whose pieces they are.
+            caps: int64 `[num_pieces]` of the group, most verdicts of each; None without a cap.
+            starts: int64 `[num_pieces]` of the group, the byte of its plane where the choice begins.
+            kernels: backend of the device.
+
+        Returns:
+            `(planes, crowded)`: uint8 `[2 * plane_bytes]`; bool, True for each of the owner's pieces that would have
+            more verdicts than its cap.
+        """
+        spans, numbers = layout.owned(owner)
+        limits = torch.from_numpy(spans.length if caps is None else caps[numbers])
+        planes = torch.empty(2 * layout.plane_bytes(owner), dtype=torch.uint8, device=ballots.device)
+        self._live = self._live.to(ballots.device)
+        cut = Cut(limits, torch.from_numpy(starts[numbers]))
+        pieces = [
+            (layout.shapes[row].index, start, length)
+            for row, start, length in zip(spans.row.tolist(), spans.home.tolist(), spans.length.tolist(), strict=True)
+        ]
+        wanted = self._count(ballots, at, spans, pieces, cut, planes, kernels)
+        return planes, wanted > limits.to(wanted.device)
+
+    @abstractmethod
+    def _count(
+        self, ballots: Tensor, at: int, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
+    ) -> Tensor:
+        """Write the verdicts' planes; return how many each piece would have without a cap, int64."""
+
+    def commit(self, poisoned: Tensor) -> None:
+        """Keep what this step's counts left, or forget it if the step was poisoned (bool scalar tensor)."""
+        live = self._live.to(poisoned.device)
+        self._live = torch.where(poisoned, live, 1 - live)
+
+    def kept(self) -> dict[Piece, Tensor]:
+        """Return a copy of what is kept for each piece: int16 `[length]`, or uint8 planes; for checkpoints."""
+        return {}
+
+    def keep(self, kept: Mapping[Piece, Tensor], device: torch.device) -> None:
+        """Take up what `kept` returned."""
+        assert not kept
+
+
+class Forgetful(Owner):
+    """An owner that keeps nothing: the plain majority vote."""
+
+    kind = None
+
+    def _count(
+        self, ballots: Tensor, at: int, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
+    ) -> Tensor:
+        del cut  # where nothing is kept nothing may be cut: the caps are those of all voters together
+        kernels.tally(ballots, at, planes.numel() // 2, self.margin, planes)
+        return torch.zeros(spans.start.size, dtype=torch.int64, device=planes.device)
+
+
+class PlainCarry(Owner):
+    """An owner that adds each tally to what earlier ones left, and takes `margin` from it for each verdict.
+
+    A liar can save its votes up over steps until they pass any margin (measured facts in DESIGN.md).
+    """
+
+    kind = "plain"
+
+    def __init__(self, margin: int, num_voters: int) -> None:
+        super().__init__(margin, num_voters)
+        self._homes: dict[Piece, int] = {}
+        self._undecided = torch.zeros(2, 0, dtype=torch.int16)
+
+    def _count(
+        self, ballots: Tensor, at: int, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
+    ) -> Tensor:
+        self._make_room(pieces, ballots.device)
+        home = np.asarray([self._homes[piece] for piece in pieces], dtype=np.int64)
+        spans = Spans(spans.start, spans.length, spans.row, spans.mask_at, spans.sign_at, home)
+        kernels.tally_carry(ballots, at, spans, self.margin, self._undecided, self._live, planes)
+        return kernels.settle_votes(planes, spans, cut.caps, cut.starts, self.margin, self._undecided, self._live)
+
+    def _make_room(self, pieces: list[Piece], device: torch.device) -> None:
+        end = before = self._undecided.shape[1]
+        for piece in pieces:
+            if piece not in self._homes:
+                self._homes[piece] = end
+                end += piece[2]
+        self._undecided = self._undecided.to(device)
+        if end > before:
+            self._undecided = torch.nn.functional.pad(self._undecided, (0, end - before))
+
+    def kept(self) -> dict[Piece, Tensor]:  # noqa: D102
+        live = self._undecided[int(self._live)]
+        return {piece: live[home : home + piece[2]].clone() for piece, home in self._homes.items()}
+
+    def keep(self, kept: Mapping[Piece, Tensor], device: torch.device) -> None:  # noqa: D102
+        self._homes, self._undecided = {}, torch.zeros(2, 0, dtype=torch.int16)
+        self._make_room(list(kept), device)
+        for piece, value in kept.items():
+            self._undecided[:, self._homes[piece] : self._homes[piece] + piece[2]] = value.to(device)
+
+
+class StandingBallots(Owner):
+    """An owner that lets each worker's last ballot on a component stand until a verdict settles it.
+
+    At most one ballot a worker and component is pending, so the margin's guarantee against liars holds over time.
+    """
+
+    kind = "standing"
+
+    def __init__(self, margin: int, num_voters: int) -> None:
+        super().__init__(margin, num_voters)
+        self._standing: dict[Piece, Tensor] = {}  # uint8 [2, num_voters, 2, plane_bytes]
+
+    def _count(
+        self, ballots: Tensor, at: int, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
+    ) -> Tensor:
+        for piece in pieces:
+            if piece not in self._standing:
+                self._standing[piece] = torch.zeros(
+                    2, self.num_voters, 2, (piece[2] + 7) // 8, dtype=torch.uint8, device=ballots.device
+                )
+        kept = [self._standing[piece] for piece in pieces]
+        standing = torch.cat([planes.new_zeros(2, self.num_voters, 2, 0), *kept], dim=-1)
+        flat = standing.flatten(-2)
+        kernels.tally_standing(ballots, at, planes.numel() // 2, self.margin, flat, self._live, planes)
+        wanted = kernels.settle_standing(planes, spans, cut.caps, cut.starts, flat, self._live)
+        parts = torch.split(flat.view_as(standing), [old.shape[-1] for old in kept], dim=-1)
+        for old, new in zip(kept, parts, strict=True):
+            old.copy_(new)
+        return wanted
+
+    def kept(self) -> dict[Piece, Tensor]:  # noqa: D102
+        return {piece: halves[int(self._live)].clone() for piece, halves in self._standing.items()}
+
+    def keep(self, kept: Mapping[Piece, Tensor], device: torch.device) -> None:  # noqa: D102
+        self._standing = {piece: value.to(device).expand(2, *value.shape).clone() for piece, value in kept.items()}
+
+
+OWNER_CARRIES: dict[str | None, type[Owner]] = {each.kind: each for each in (Forgetful, PlainCarry, StandingBallots)}
+"""What an owner keeps, by name."""
+
+
+def make_owner(kind: str | None, margin: int, num_voters: int) -> Owner:
+    """Return an owner of a kind of `OWNER_CARRIES`."""
+    return OWNER_CARRIES[kind](margin, num_voters)

@@ -1,0 +1,269 @@
+"""From planes to the payloads of one exchange group and back, for ballots or for verdicts.
+
+Uncapped, a payload is header and planes, and nothing is copied. Capped, it has room for a fixed number of votes: the
+cheaper of planes and sparse, which follows from the caps alone, so that both ends know it. In front of such a body lies
+the census, one bit a piece: more wanted to vote here than fits. All ranks see the owners' bits and steer by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distsign.kernels import Kernels
+from distsign.layout import IntArray, Layout, Shape
+from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header
+from distsign.wire.sparse import SparseCode
+
+__all__ = ["Form", "caps_at", "density_for", "forms"]
+
+_BYTE = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+
+
+def caps_at(density: float, length: IntArray, voters: int = 1) -> IntArray:
+    """Return the most votes of pieces of these lengths: their share by density, at least one each, for all voters.
+
+    Example:
+        >>> caps_at(0.01, np.array([10, 1000, 0])).tolist()
+        [1, 10, 0]
+    """
+    one = np.maximum(1, np.floor(density * length)).astype(np.int64)
+    capped: IntArray = np.minimum(length, voters * one)
+    return capped
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """What the payloads of one direction are made of.
+
+    Attributes:
+        layout: where the planes lie.
+        verdict: whether they hold verdicts, else ballots.
+        caps: int64 `[num_pieces]`, most votes of each piece of the group; None without a cap.
+        codes: per owner, the sparse code of its body; None for planes.
+        census_bytes: per owner.
+        sizes: per owner, bytes of its payload.
+    """
+
+    layout: Layout
+    verdict: bool
+    caps: IntArray | None
+    codes: tuple[SparseCode | None, ...]
+    census_bytes: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def build(cls, layout: Layout, *, verdict: bool, caps: IntArray | None = None, wire: str = "auto") -> Form:
+        """Decide how each owner's payload is coded.
+
+        Args:
+            layout: the group's.
+            verdict: whether the payloads hold verdicts.
+            caps: int64 `[num_pieces]`, see `caps_at`; None without a cap.
+            wire: `"planes"`, `"sparse"` or `"auto"`, the shorter of both. Without caps all are planes.
+        """
+        num_owners = len(layout.sizes)
+        if caps is None:
+            return cls(layout, verdict, None, (None,) * num_owners, (0,) * num_owners, layout.sizes)
+        codes: list[SparseCode | None] = []
+        census, sizes = [], []
+        for owner in range(num_owners):
+            numbers = layout.owned(owner)[1]
+            num_bytes = layout.plane_bytes(owner)
+            code: SparseCode | None = SparseCode(8 * num_bytes, int(caps[numbers].sum()))
+            assert code is not None
+            if wire == "planes" or (wire == "auto" and code.num_bytes >= 2 * num_bytes):
+                code = None
+            codes.append(code)
+            census.append((numbers.size + 7) // 8)
+            sizes.append(HEADER_BYTES + census[-1] + (2 * num_bytes if code is None else code.num_bytes))
+        return cls(layout, verdict, caps, tuple(codes), tuple(census), tuple(sizes))
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Per owner, the first byte of its payload in the buffer of all."""
+        return tuple(sum(self.sizes[:k]) for k in range(len(self.sizes)))
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the payloads of all owners together."""
+        return sum(self.sizes)
+
+    @cached_property
+    def headers(self) -> tuple[Header, ...]:
+        """Per owner, its payload's header, without poison."""
+        elements = self.layout.owned_elements
+        return tuple(
+            Header(Codec.PLANES if code is None else Codec.SPARSE, n, verdict=self.verdict)
+            for code, n in zip(self.codes, elements, strict=True)
+        )
+
+    def seal(self, planes: Tensor, crowded: Tensor | None, poisoned: Tensor, kernels: Kernels) -> Tensor:
+        """Return the payloads for all owners in one buffer, uint8 `[buffer_bytes]`.
+
+        Args:
+            planes: uint8 `[layout.buffer_bytes]`, planes of all owners where the layout puts them; written to.
+            crowded: bool `[num_pieces]`, the census; None without caps.
+            poisoned: bool scalar tensor; the body of a poisoned payload is zeros or void.
+            kernels: backend of the device.
+        """
+        sealed = []
+        for owner, at in enumerate(self.layout.offsets):
+            body = planes[at + HEADER_BYTES : at + self.layout.sizes[owner]]
+            chosen = None if crowded is None else crowded[self._numbers(owner, planes.device)]
+            sealed.append(self.seal_one(owner, body, chosen, poisoned, kernels))
+        return torch.cat(sealed)
+
+    def seal_one(
+        self, owner: int, planes: Tensor, crowded: Tensor | None, poisoned: Tensor, kernels: Kernels
+    ) -> Tensor:
+        """Return one owner's payload, uint8 `[sizes[owner]]`; `planes` and `crowded` are those of its pieces."""
+        payload = torch.empty(self.sizes[owner], dtype=torch.uint8, device=planes.device)
+        payload[:HEADER_BYTES] = self._header_bytes(owner, planes.device)
+        payload[POISON_BYTE] |= poisoned.to(torch.uint8) * POISON_FLAG
+        start = HEADER_BYTES + self.census_bytes[owner]
+        code = self.codes[owner]
+        if crowded is not None:
+            payload[HEADER_BYTES:start] = _pack_bits(crowded & ~poisoned)
+        if code is None:
+            torch.where(poisoned, planes.new_zeros(()), planes, out=payload[start:])
+        else:
+            kernels.encode_sparse(planes, self.layout.plane_bytes(owner), code, payload[start:])
+        return payload
+
+    def open(self, owner: int, payloads: Tensor, kernels: Kernels) -> tuple[Tensor, int, Tensor | None, Tensor]:
+        """Read the bodies of one owner's payloads from several senders; headers are checked elsewhere.
+
+        Args:
+            owner: whose pieces they speak of.
+            payloads: uint8 `[num_senders, sizes[owner]]`, contiguous.
+            kernels: backend of the device.
+
+        Returns:
+            `(rows, at, crowded, ok)`: uint8 rows that hold the planes of each sender from byte `at`; bool
+            `[num_senders, num_pieces]`, None without caps; bool `[num_senders]`, False where a body is malformed.
+        """
+        start = HEADER_BYTES + self.census_bytes[owner]
+        num_pieces = self._numbers(owner, payloads.device).numel()
+        crowded = None if self.caps is None else _unpack_bits(payloads[:, HEADER_BYTES:start], num_pieces)
+        code = self.codes[owner]
+        if code is None:
+            return payloads, start, crowded, payloads.new_ones(payloads.shape[0], dtype=torch.bool)
+        num_bytes = self.layout.plane_bytes(owner)
+        rows = torch.empty(payloads.shape[0], 2 * num_bytes, dtype=torch.uint8, device=payloads.device)
+        ok = [kernels.decode_sparse(payloads[k, start:], code, num_bytes, row) for k, row in enumerate(rows)]
+        return rows, 0, crowded, torch.stack(ok)
+
+    def open_all(self, buffer: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Read the payloads of all owners.
+
+        Returns:
+            `(planes, crowded, ok)`: uint8 `[layout.buffer_bytes]`, planes where the layout puts them (its headers mean
+            nothing); the census, bool `[num_pieces]`, None without caps; bool `[num_owners]`.
+        """
+        if self.caps is None:
+            return buffer, None, buffer.new_ones(len(self.sizes), dtype=torch.bool)
+        planes = torch.empty(self.layout.buffer_bytes, dtype=torch.uint8, device=buffer.device)
+        crowded = torch.zeros(self.caps.size, dtype=torch.bool, device=buffer.device)
+        oks = []
+        for owner, at in enumerate(self.offsets):
+            rows, start, mine, ok = self.open(owner, buffer[at : at + self.sizes[owner]].unsqueeze(0), kernels)
+            first = self.layout.offsets[owner] + HEADER_BYTES
+            num_bytes = 2 * self.layout.plane_bytes(owner)
+            planes[first : first + num_bytes] = rows[0, start : start + num_bytes]
+            assert mine is not None
+            crowded[self._numbers(owner, buffer.device)] = mine[0]
+            oks.append(ok)
+        return planes, crowded, torch.cat(oks)
+
+    @cached_property
+    def _tables(self) -> dict[tuple[str, int, torch.device], Tensor]:
+        return {}  # small constants on the device, made once
+
+    def _numbers(self, owner: int, device: torch.device) -> Tensor:
+        key = ("numbers", owner, device)
+        if key not in self._tables:
+            self._tables[key] = torch.from_numpy(self.layout.owned(owner)[1]).to(device)
+        return self._tables[key]
+
+    def _header_bytes(self, owner: int, device: torch.device) -> Tensor:
+        key = ("header", owner, device)
+        if key not in self._tables:
+            data = bytearray(self.headers[owner].encode())
+            self._tables[key] = torch.frombuffer(data, dtype=torch.uint8).to(device)
+        return self._tables[key]
+
+
+def forms(layout: Layout, density: float | None, wire: str, *, owner_carry: bool) -> tuple[Form, Form]:
+    """Return the forms of a group's ballots and verdicts.
+
+    Args:
+        layout: the group's.
+        density: share of the components that payloads have slots for; None without a cap, planes.
+        wire: `"planes"`, `"sparse"` or `"auto"`, with a density.
+        owner_carry: whether owners keep what does not fit; else verdicts have slots for the ballots of all.
+    """
+    if density is None:
+        return Form.build(layout, verdict=False), Form.build(layout, verdict=True)
+    length, num_owners = layout.all_pieces.length, len(layout.sizes)
+    ballots = Form.build(layout, verdict=False, caps=caps_at(density, length), wire=wire)
+    # Without a carry at the owner nothing may be left behind there, and there are at most so many verdicts.
+    back = caps_at(density, length, 1 if owner_carry else num_owners)
+    return ballots, Form.build(layout, verdict=True, caps=back, wire=wire)
+
+
+def _pack_bits(bits: Tensor) -> Tensor:
+    """Pack bool `[n]` into bytes, lowest bit first."""
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
+    return (padded * _BYTE.to(bits.device)).sum(1).to(torch.uint8)
+
+
+def _unpack_bits(packed: Tensor, num_bits: int) -> Tensor:
+    """Undo `_pack_bits` for each row."""
+    bits = (packed.unsqueeze(-1) & _BYTE.to(packed.device)) != 0
+    return bits.flatten(1)[:, :num_bits]
+
+
+def density_for(bits_per_param: float, shapes: Sequence[Shape], world_size: int, coalesce_bytes: int) -> float:
+    """Return the density at which the payloads of a whole model fill a budget.
+
+    Args:
+        bits_per_param: per direction, headers and census included.
+        shapes: all parameters of the model.
+        world_size: number of owners.
+        coalesce_bytes: payloads of this size travel apart; each such group has headers of its own.
+
+    Raises:
+        ValueError: if even one vote a piece costs more, or if planes would cost less than the budget.
+    """
+    layout = Layout.build([shapes], world_size)
+    num_elements = max(1, layout.num_elements)
+    budget_bytes = int(bits_per_param * layout.num_elements / 8)
+    num_groups = max(1, budget_bytes // coalesce_bytes)
+    budget_bytes -= (num_groups - 1) * world_size * (HEADER_BYTES + 4)
+
+    def size(density: float) -> int:
+        caps = caps_at(density, layout.all_pieces.length)
+        return Form.build(layout, verdict=False, caps=caps, wire="sparse").buffer_bytes
+
+    planes = layout.buffer_bytes * 8 / num_elements
+    if bits_per_param > planes:
+        raise ValueError(
+            f"bits_per_param={bits_per_param:g} is more than the {planes:.4g} bits of two whole planes: leave it out"
+        )
+    if size(0.0) > budget_bytes:
+        raise ValueError(
+            f"bits_per_param={bits_per_param:g} is {budget_bytes} bytes for the {num_elements:,} elements of this "
+            f"model, but headers and one vote for each piece of a parameter take {size(0.0)}: the least is "
+            f"{8 * size(0.0) / num_elements + 1e-4:.4f}"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(middle) <= budget_bytes else (low, middle)
+    return low

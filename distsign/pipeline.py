@@ -1,0 +1,348 @@
+"""From buckets to verdicts: what happens between DDP's call of the hook and the future that it waits for.
+
+Ballots are cast where DDP calls the hook, in the middle of backward; the exchange, and what follows it, runs on the
+exchange thread (CPU) or on a side stream (CUDA), while backward goes on. State is committed at the end of a step, and
+only if no rank sent poison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.futures import Future
+
+from distsign.exchange import VoteExchange
+from distsign.exchange_thread import ExchangeThread
+from distsign.kernels import kernels_for
+from distsign.layout import Layout, Shape
+from distsign.options import VoteOptions
+from distsign.owner import Owner, Piece, make_owner
+from distsign.payload import Form, density_for, forms
+from distsign.registry import ParameterRegistry, VoteError
+from distsign.statistics import VoteCounts
+from distsign.steering import DensityLadder, Steering
+from distsign.voter import Voter, rotating_starts
+
+__all__ = ["VotePipeline"]
+
+_COALESCE_BYTES = 64 * 1024
+"""Buckets whose payloads are smaller travel together: twelve small exchanges cost about 50 ms more than one."""
+
+_MAX_PLANS = 64
+"""Plans that are kept; a density that moves makes new ones."""
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """What is needed of a `GradBucket`, which must not be kept after the hook returned."""
+
+    gradient: Tensor
+    rows: tuple[int, ...]
+    future: Future[Tensor]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything about an exchange group that depends on its shape and the density alone."""
+
+    layout: Layout
+    ballots: Form
+    verdicts: Form
+    rows: Tensor
+    piece_row: Tensor
+    slots: Tensor
+    lengths: Tensor
+
+
+class VotePipeline:
+    """The memory of one model's votes, and the way of its buckets.
+
+    Args:
+        options: what the user chose.
+        registry: the model's parameters.
+        counts: statistics, added to.
+    """
+
+    def __init__(self, options: VoteOptions, registry: ParameterRegistry, counts: VoteCounts) -> None:
+        self.options = options
+        self.exchange: VoteExchange | None = None
+        self.started = False
+        self.num_local_steps = 0
+        self._registry = registry
+        self._counts = counts
+        self.voter = Voter(options.confidence, options.carry)
+        self.owner: Owner | None = None
+        self.steering = Steering(options.confidence, budgeted=options.bits_per_param is not None)
+        self.ladder = DensityLadder() if options.capped and options.bits_per_param is None else None
+        self._density: float | None = None
+        self._thread = ExchangeThread("distsign-exchange")
+        self._plans: dict[object, _Plan] = {}
+        self._group: list[_Bucket] = []
+        self._error: VoteError | None = None
+        self._in_backward = False
+        self._poisoned = torch.zeros((), dtype=torch.bool)
+        self._stream: torch.cuda.Stream | None = None
+
+    def raise_if_broken(self) -> None:
+        """Raise what broke the vote, in this step or an earlier one."""
+        if self._error is not None:
+            raise self._error
+
+    def lr_scale(self, row: int | None) -> float | Tensor:
+        """Return the factor on the learning rate of a parameter; 1 where it is not voted on."""
+        if row is None:
+            return 1.0
+        scale = self.steering.lr_scale(row)
+        return float(scale) if scale.device.type == "cpu" else scale
+
+    def close(self) -> None:
+        """End the exchange thread and give its process group back."""
+        self._thread.close()
+        if self.exchange is not None:
+            self.exchange.close()
+
+    # ----------------------------------------------------------------------------------------------- on DDP's thread
+
+    def start(self, exchange: VoteExchange) -> None:
+        """Begin to vote, before the first bucket; all ranks agree on the options by then."""
+        self.exchange = exchange
+        self.started = True
+        if self.owner is None:
+            self.owner = make_owner(self.options.owner_carry, self.options.margin, exchange.world_size)
+        if self.options.bits_per_param is not None:
+            shapes = [Shape(row, self._registry.num_elements(row)) for row in range(len(self._registry))]
+            self._density = density_for(self.options.bits_per_param, shapes, exchange.world_size, _COALESCE_BYTES)
+
+    def on_bucket(self, bucket: GradBucket, scale: Tensor) -> Future[Tensor]:
+        """Take a bucket in; its future holds the verdicts.
+
+        Args:
+            bucket: what DDP hands over.
+            scale: float64 scalar tensor, the loss scale.
+        """
+        gradient = bucket.buffer()
+        device = gradient.device
+        rows = tuple(self._registry.see(parameter) for parameter in bucket.parameters())
+        if bucket.index() == 0:
+            self._begin_step()
+        self._grow(device)
+        future: Future[Tensor] = Future() if device.type == "cpu" else Future(devices=[device])
+        if self.options.l2:
+            self._add_l2(bucket, scale)
+        self._group.append(_Bucket(gradient, rows, future))
+        if self._payload_bytes() >= _COALESCE_BYTES or bucket.is_last():
+            self._flush(scale, is_last=bucket.is_last())
+        return future
+
+    def _payload_bytes(self) -> float:
+        """Return about how long the payloads of the waiting buckets are."""
+        bits = 2.0 if self.options.bits_per_param is None else self.options.bits_per_param
+        return sum(waiting.gradient.numel() for waiting in self._group) * bits / 8
+
+    def _begin_step(self) -> None:
+        # Something is left here only after a step that broke off, and its other half is lost.
+        self._thread.wait()
+        self._group.clear()
+        self.voter.begin_step()
+        self.steering.begin_step()
+        if self.ladder is not None:
+            self.ladder.begin_step()
+            self._density = self.ladder.density
+        self._counts.begin_step()
+        self._poisoned = torch.zeros((), dtype=torch.bool)
+        # Outside of backward DDP calls the hook with zeros, for a rank that has joined (`Join`, uneven inputs).
+        self._in_backward = torch._C._current_graph_task_id() != -1
+        if self._in_backward:
+            self.num_local_steps += 1
+            # An error set on a Future reaches the user as "Unable to cast ... to Tensor"; raised from a callback of the
+            # autograd engine it leaves backward as it is.
+            torch.autograd.Variable._execution_engine.queue_callback(self._await_step)
+
+    def _await_step(self) -> None:
+        self._thread.wait()
+        self.raise_if_broken()
+
+    def _grow(self, device: torch.device) -> None:
+        lengths = [self._registry.num_elements(row) for row in range(len(self._registry))]
+        self.voter.grow(lengths, device)
+        self.steering.grow(len(lengths), device)
+
+    def _add_l2(self, bucket: GradBucket, scale: Tensor) -> None:
+        for gradient, parameter in zip(bucket.gradients(), bucket.parameters(), strict=True):
+            # A parameter without a gradient of its own (unused, or a rank that has joined) must not vote for decay.
+            factor = (self.options.l2 * scale * gradient.any()).to(gradient.dtype)
+            gradient.add_(parameter.detach().to(gradient.dtype) * factor)
+
+    def _plan(self, device: torch.device) -> _Plan:
+        assert self.exchange is not None
+        buckets = tuple(bucket.rows for bucket in self._group)
+        key = (buckets, self._density)
+        if key not in self._plans:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            shapes = [
+                [Shape(row, self._registry.num_elements(row), self.voter.home(row)) for row in rows] for rows in buckets
+            ]
+            layout = Layout.build(shapes, self.exchange.world_size)
+            keeps = self.options.owner_carry is not None
+            ballots, verdicts = forms(layout, self._density, self.options.wire, owner_carry=keeps)
+            pieces = layout.all_pieces
+            piece_row = torch.from_numpy(pieces.row).to(device)
+            slots = torch.from_numpy(pieces.length if verdicts.caps is None else verdicts.caps).to(device)
+            lengths = torch.tensor([shape.num_elements for shape in layout.shapes], device=device)
+            self._plans[key] = _Plan(
+                layout,
+                ballots,
+                verdicts,
+                rows=torch.tensor([row for rows in buckets for row in rows], device=device),
+                piece_row=piece_row,
+                slots=torch.zeros_like(lengths).index_add_(0, piece_row, slots),
+                lengths=lengths,
+            )
+        return self._plans[key]
+
+    def _flush(self, scale: Tensor, *, is_last: bool) -> None:
+        """Cast the ballots of the buckets that have gathered, and send them on their way."""
+        device = self._group[0].gradient.device
+        plan = self._plan(device)
+        kernels = kernels_for(device)
+        group, self._group = self._group, []
+        planes = torch.empty(plan.layout.buffer_bytes, dtype=torch.uint8, device=device)
+        cast = self.voter.cast(
+            [bucket.gradient.float() for bucket in group],
+            plan.layout,
+            plan.rows,
+            scale=scale,
+            kernels=kernels,
+            out=planes,
+            factors=self.steering.of(plan.rows),
+            caps=plan.ballots.caps,
+            starts=rotating_starts(plan.layout, self._counts.num_steps),
+        )
+        ballots = plan.ballots.seal(planes, cast.crowded, ~cast.finite, kernels)
+        self._counts.ballots(plan.layout.num_elements, cast.num_ballots)
+        job = partial(self._run, group, plan, ballots, scale, is_last)
+        if device.type == "cpu":
+            self._thread.submit(job)
+        else:
+            self._run_beside(job, [ballots, scale, *(bucket.gradient for bucket in group)])
+
+    def _run_beside(self, job: Callable[[], None], tensors: list[Tensor]) -> None:
+        """Enqueue a job on the side stream, after what the current stream has done; the host does not wait."""
+        device = tensors[0].device
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            job()
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
+
+    # ------------------------------------------------------------------- on the exchange thread, or the side stream
+
+    def _run(self, group: list[_Bucket], plan: _Plan, ballots: Tensor, scale: Tensor, is_last: bool) -> None:
+        """Exchange a group, write its verdicts into the buckets, and fulfil their futures; never raises."""
+        try:
+            if self._error is None:
+                self._vote(group, plan, ballots, scale)
+                if self._in_backward:
+                    self._registry.mark_verdicts(row for bucket in group for row in bucket.rows)
+                if is_last:
+                    self._end_step()
+        except BaseException as error:  # noqa: BLE001  (it is raised again where the user can see it)
+            assert self.exchange is not None
+            self._error = VoteError(
+                f"the vote on {len(group)} bucket(s) of {plan.layout.num_elements:,} elements failed on "
+                f"{self.exchange.describe()}: {type(error).__name__}: {error}"
+            )
+            self._error.__cause__ = error
+        for bucket in group:
+            if self._error is not None:
+                # Whatever the caller does about the error, nothing may be trained on it.
+                bucket.gradient.fill_(math.nan)
+            if self._error is None or self._in_backward:
+                bucket.future.set_result(bucket.gradient)
+            else:
+                bucket.future.set_exception(self._error)  # type: ignore[arg-type]
+
+    def _vote(self, group: list[_Bucket], plan: _Plan, ballots: Tensor, scale: Tensor) -> None:
+        assert self.exchange is not None and self.owner is not None
+        kernels = kernels_for(ballots.device)
+        starts = rotating_starts(plan.layout, self._counts.num_steps)
+        found = self.exchange.vote(plan.ballots, plan.verdicts, ballots, self.owner, starts, kernels)
+        self._poisoned = self._poisoned.to(found.poisoned.device) | found.poisoned
+        counts = torch.zeros_like(plan.lengths)
+        for bucket, pieces in zip(group, plan.layout.pieces, strict=True):
+            gradient = bucket.gradient
+            out = gradient if gradient.dtype == torch.float32 else torch.empty_like(gradient, dtype=torch.float32)
+            # In half precision a loss scale may be out of range, and an infinity would read as a bad number.
+            value = scale.clamp(max=torch.finfo(gradient.dtype).max).float()
+            mine = kernels.unpack(found.planes, pieces, value, out)
+            counts[: mine.numel()] += mine
+            if out is not gradient:
+                gradient.copy_(out)
+            if gradient.device.type != "cpu":
+                gradient.masked_fill_(found.poisoned, math.nan)
+            elif found.poisoned:
+                gradient.fill_(math.nan)
+        self._counts.verdicts(counts.sum())
+        if found.crowded is not None:
+            weight = torch.from_numpy(plan.layout.all_pieces.length).to(counts.device)
+            # A parameter is crowded where most of its components lie in crowded pieces.
+            share = torch.zeros_like(counts).index_add_(0, plan.piece_row, weight * found.crowded)
+            crowded = 2 * share > plan.lengths
+            self.steering.observe(plan.rows, counts, plan.slots, crowded)
+            if self.ladder is not None:
+                self.ladder.observe(counts, plan.slots, crowded, plan.lengths)
+
+    def _end_step(self) -> None:
+        assert self.owner is not None
+        self.voter.commit(self._poisoned)
+        self.owner.commit(self._poisoned)
+        self.steering.commit(self._poisoned)
+        if self.ladder is not None:
+            self.ladder.commit(self._poisoned)
+        self._counts.end_step(self._poisoned)
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self, names: Mapping[str, int]) -> dict[str, Any]:
+        """Return what is remembered, filed under the parameters' names."""
+        name_of = {row: name for name, row in names.items()}
+        known = self.voter.stats.shape[0]
+        kept = {} if self.owner is None else self.owner.kept()
+        return {
+            "voter": {name: self.voter.kept(row) for name, row in names.items() if row < known},
+            "owner": {(name_of[row], start, length): value for (row, start, length), value in kept.items()},
+            "num_voters": 1 if self.exchange is None else self.exchange.world_size,
+            "steering": self.steering.state_dict(names),
+            "ladder": None if self.ladder is None else self.ladder.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], names: Mapping[str, int], num_voters: int) -> None:
+        """Go on from `state_dict()`; the parameters are known by name."""
+        if state["owner"] and state["num_voters"] != num_voters:
+            raise ValueError(
+                f"the checkpoint was written by {state['num_voters']} ranks, and owners keep undecided votes, but now "
+                f"there are {num_voters}: give all ranks' states to distsign.reshard(states, {num_voters}) first"
+            )
+        device = self.voter.stats.device
+        self.voter = Voter(self.options.confidence, self.options.carry)
+        self._grow(device)
+        for name, kept in state["voter"].items():
+            self.voter.keep(names[name], kept)
+        pieces: dict[Piece, Tensor] = {
+            (names[name], start, length): value for (name, start, length), value in state["owner"].items()
+        }
+        self.owner = make_owner(self.options.owner_carry, self.options.margin, num_voters)
+        self.owner.keep(pieces, device)
+        self.steering.load_state_dict(state["steering"], names)
+        if self.ladder is not None:
+            self.ladder.load_state_dict(state["ladder"])
