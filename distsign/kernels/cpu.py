@@ -11,23 +11,28 @@ from pathlib import Path
 
 import numba  # noqa: F401  (before the lock: importing takes a second that ranks can spend at the same time)
 import numpy as np
+import numpy.typing as npt
 import torch
 from filelock import FileLock
 from torch import Tensor
 
+from distsign.kernels.memory import CarryRule, Memory
 from distsign.kernels.spans import Spans
 from distsign.wire.sparse import SparseCode
 
 # The first import compiles for some seconds, later ones read Numba's cache. Of the ranks that start together on one
 # machine, one compiles and the others wait for what it leaves.
 with FileLock(Path(tempfile.gettempdir()) / f"distsign-numba-{os.getuid()}.lock"):
-    from distsign.kernels import jit, jit_owner, jit_settle, jit_sparse
+    from distsign.kernels import jit, jit_carry, jit_owner, jit_settle, jit_sparse
 
 __all__ = [
+    "active",
     "decode_sparse",
     "encode_sparse",
     "moments",
     "pack",
+    "pack_carry",
+    "settle_carry",
     "settle_standing",
     "settle_votes",
     "tally",
@@ -57,6 +62,68 @@ def pack(grad: Tensor, spans: Spans, thresholds: Tensor, out: Tensor) -> tuple[T
         counts.numpy(),
     )
     return counts, torch.tensor(finite)
+
+
+def active(grad: Tensor, spans: Spans) -> Tensor:  # noqa: D103
+    out = torch.zeros(spans.num_rows, dtype=torch.bool)
+    jit_carry.find_active(grad.numpy().view(np.uint32), spans.start, spans.length, spans.row, out.numpy())
+    return out
+
+
+def _by_type(carry: Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint16]]:
+    """Return the carry as what it is, float32 or the bits of bfloat16, and an empty array as the other."""
+    if carry.dtype == torch.float32:
+        return carry.numpy(), np.zeros((2, 0), np.uint16)
+    assert carry.dtype == torch.bfloat16
+    return np.zeros((2, 0), np.float32), carry.view(torch.int16).numpy().view(np.uint16)
+
+
+def pack_carry(  # noqa: D103
+    grad: Tensor, spans: Spans, rule: CarryRule, memory: Memory, out: Tensor, *, clear: bool
+) -> tuple[Tensor, Tensor]:
+    counts = torch.zeros(rule.thresholds.numel(), dtype=torch.int64)
+    corrections = torch.ones_like(rule.thresholds) if rule.corrections is None else rule.corrections
+    square = torch.zeros(2, 0) if memory.square is None else memory.square
+    finite = jit_carry.pack_carried(
+        grad.numpy().view(np.uint32),
+        spans.start,
+        spans.length,
+        spans.row,
+        spans.mask_at,
+        spans.sign_at,
+        spans.home,
+        rule.thresholds.abs().numpy().view(np.uint32),
+        rule.active.numpy(),
+        corrections.numpy(),
+        np.float32(rule.unscale.item()),
+        np.float32(rule.decay),
+        np.float32(1.0 - rule.decay),
+        *_by_type(memory.carry),
+        square.numpy(),
+        int(memory.live),
+        clear,
+        out.numpy(),
+        counts.numpy(),
+    )
+    return counts, torch.tensor(finite)
+
+
+def settle_carry(planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, memory: Memory) -> Tensor:  # noqa: D103
+    counts = torch.zeros(spans.length.size, dtype=torch.int64)
+    wide, narrow = _by_type(memory.carry)
+    settle, carry = (jit_carry.settle_wide, wide) if wide.size else (jit_carry.settle_narrow, narrow)
+    settle(
+        planes.numpy(),
+        spans.length,
+        spans.mask_at,
+        spans.sign_at,
+        spans.home,
+        caps.numpy(),
+        starts.numpy(),
+        carry[1 - int(memory.live)],
+        counts.numpy(),
+    )
+    return counts
 
 
 def _places(payloads: Tensor) -> int:
