@@ -1,0 +1,160 @@
+"""Bytes that nobody wrote: a header or a sparse body is refused, or is exactly what its reader would write itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from distsign.kernels import Kernels, SparseCode, cpu, reference
+from distsign.wire import HEADER_BYTES, Codec, Header, PayloadError
+
+FILL = 0xA5
+NUM_CODES = 300
+NUM_BODIES = 120_000
+NUM_HEADERS = 100_000
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Reader:
+    """Reads bodies of one size into planes with guards around them."""
+
+    def __init__(self, kernels: Kernels, code: SparseCode) -> None:
+        self.kernels, self.code, self.num_bytes = kernels, code, code.num_bits // 8
+        self.memory = torch.full((2 * self.num_bytes + 16,), FILL, dtype=torch.uint8)
+        self.planes = self.memory[8:-8]
+        self.again = torch.zeros(code.num_bytes, dtype=torch.uint8)
+
+    def is_sound(self, body: Tensor) -> bool:
+        """Decode; if that says yes, encode again and compare. Nothing may be raised."""
+        ok = bool(self.kernels.decode_sparse(body, self.code, self.num_bytes, self.planes))
+        if ok:
+            assert self.kernels.encode_sparse(self.planes, self.num_bytes, self.code, self.again)
+            assert torch.equal(self.again, body)
+        return ok
+
+    def check_guards(self) -> None:
+        guards = self.memory.numpy()
+        assert (guards[:8] == FILL).all() and (guards[-8:] == FILL).all(), "written outside of the planes"
+
+
+def is_sound(kernels: Kernels, body: Bytes, code: SparseCode) -> bool:
+    reader = Reader(kernels, code)
+    ok = reader.is_sound(torch.from_numpy(body))
+    reader.check_guards()
+    mask, sign = reader.planes.view(2, -1)
+    assert not (ok and (sign & ~mask).any())
+    return ok
+
+
+def valid_body(code: SparseCode, rng: np.random.Generator) -> Bytes:
+    mask = np.zeros(code.num_bits, dtype=bool)
+    mask[rng.choice(code.num_bits, rng.integers(0, code.num_slots + 1), replace=False)] = True
+    sign = mask & (rng.random(code.num_bits) < 0.5)
+    planes = np.concatenate([np.packbits(bits, bitorder="little") for bits in (mask, sign)])
+    out = torch.zeros(code.num_bytes, dtype=torch.uint8)
+    assert cpu.encode_sparse(torch.from_numpy(planes), code.num_bits // 8, code, out)
+    return out.numpy()
+
+
+def mutants(body: Bytes, number: int, rng: np.random.Generator) -> Bytes:
+    """Return bodies of the same size: one to three bits flipped, ones moved, parts shifted or overwritten, or noise."""
+    bodies = np.repeat(body[None], number, axis=0)
+    if body.size == 0:
+        return bodies
+    rows = np.arange(number)
+    flips = rng.integers(0, 8 * body.size, (3, number))
+    for k, flip in enumerate(flips):
+        chosen = rows % 8 >= 2 * k  # all once, some twice, some three times
+        np.bitwise_xor.at(bodies, (rows[chosen], flip[chosen] // 8), (1 << flip[chosen] % 8).astype(np.uint8))
+    noise = rng.integers(0, 256, bodies.shape).astype(np.uint8)
+    bodies[7::16] = noise[7::16]
+    bodies[15::32] = noise[15::32] & noise[14::32][: len(noise[15::32])]
+    bits = np.unpackbits(np.repeat(body[None], len(bodies[5::8]), axis=0), axis=1, bitorder="little")
+    for row, (one, other) in zip(bits, rng.integers(0, bits.shape[1], (len(bits), 2)).tolist(), strict=True):
+        row[[one, other]] = row[[other, one]]  # as many votes as before
+    bodies[5::8] = np.packbits(bits, axis=1, bitorder="little")
+    for k in range(3, number, 16):
+        bodies[k] = np.roll(body, k)
+        bodies[k - 1] = body
+        bodies[k - 1, rng.integers(body.size) :] = 255 * (k % 2)
+    return bodies
+
+
+def test_no_sparse_body_is_misread() -> None:
+    rng = np.random.default_rng(1)
+    num_accepted = num_changed = 0
+    for k in range(NUM_CODES):
+        num_bits = 8 * int(rng.integers(1, 20) if k % 4 else rng.integers(20, 400))
+        num_slots = int(rng.integers(0, num_bits + 1) * rng.choice([0.02, 0.1, 0.3, 1.0]))
+        code = SparseCode(num_bits, max(num_slots, k % 20 > 0))
+        reader = Reader(cpu, code)
+        for _ in range(10):
+            start = valid_body(code, rng)
+            assert reader.is_sound(torch.from_numpy(start))
+            bodies = mutants(start, NUM_BODIES // NUM_CODES // 10, rng)
+            sound = np.array([reader.is_sound(body) for body in torch.from_numpy(bodies)])
+            num_accepted += int(sound.sum())
+            num_changed += int((sound & (bodies != start).any(1)).sum())
+            assert is_sound(reference, bodies[0], code) == sound[0]
+            for size in {0, start.size // 2, start.size - 1} - {-1, start.size}:
+                assert not reader.is_sound(torch.from_numpy(start[:size].copy()))
+            assert not reader.is_sound(torch.from_numpy(np.append(start, rng.choice([0, 255])).astype(np.uint8)))
+        reader.check_guards()
+    # Else the mutations would show nothing: some of them are bodies still (a flipped sign is one), most are not.
+    assert num_changed > 1000 and num_accepted < NUM_BODIES // 2
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_no_small_sparse_body_is_misread(data: st.DataObject) -> None:
+    """Hypothesis finds short counterexamples where there are any, and holds the backends together."""
+    num_bits = 8 * data.draw(st.integers(0, 12))
+    code = SparseCode(num_bits, data.draw(st.integers(0, num_bits)))
+    size = data.draw(st.one_of(st.just(code.num_bytes), st.integers(0, code.num_bytes + 2)))
+    body = np.array(data.draw(st.lists(st.integers(0, 255), min_size=size, max_size=size)), dtype=np.uint8)
+    assert is_sound(cpu, body, code) == is_sound(reference, body, code)
+
+
+@pytest.mark.parametrize("content", [0, 1, 0x55, 0x80, 255])
+def test_large_sparse_bodies_of_one_byte_are_read_to_the_end_or_refused(content: int) -> None:
+    for num_bits, num_slots in [(80_000, 80), (80_000, 8000), (80_000, 80_000), (8_000_000, 1), (8_000_000, 8000)]:
+        code = SparseCode(num_bits, num_slots)
+        body = np.full(code.num_bytes, content, dtype=np.uint8)
+        assert is_sound(cpu, body, code) == is_sound(reference, body, code)
+        assert content or is_sound(cpu, body, code), "nobody votes"
+
+
+def test_no_header_is_misread() -> None:
+    rng = np.random.default_rng(2)
+    start = np.stack(
+        [
+            np.frombuffer(Header(codec, n, verdict=verdict, poison=poison).encode(), dtype=np.uint8)
+            for codec in Codec
+            for n in (0, 1, 2**20 + 3, 2**40 - 1)
+            for verdict in (False, True)
+            for poison in (False, True)
+        ]
+    )
+    headers = start[rng.integers(0, len(start), NUM_HEADERS)]
+    flips = 1 << rng.integers(0, 8, NUM_HEADERS)
+    headers[np.arange(NUM_HEADERS), rng.integers(0, HEADER_BYTES, NUM_HEADERS)] ^= flips.astype(np.uint8)
+    headers[::4] = rng.integers(0, 256, headers[::4].shape)
+    headers[::8, 0] = 1
+    headers[::16, 1] = rng.integers(0, 4, headers[::16, 1].shape)
+    sizes = np.where(rng.random(NUM_HEADERS) < 0.1, rng.integers(0, HEADER_BYTES, NUM_HEADERS), HEADER_BYTES)
+    accepted = 0
+    for row, size in zip(headers, sizes.tolist(), strict=True):
+        data = row.tobytes()[:size]
+        try:
+            header = Header.decode(data)
+        except PayloadError:
+            continue
+        assert header.encode() == data
+        accepted += 1
+    assert NUM_HEADERS // 4 < accepted < NUM_HEADERS * 3 // 4
