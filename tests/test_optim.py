@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from distsign.confidence import AdaptiveConfidence, FixedConfidence, TargetDensity
+from distsign.confidence import AdaptiveConfidence, FixedConfidence, RMSConfidence, TargetDensity
 from distsign.hook import SignVoteState
 from distsign.optim import SignAdam, SignAdamPP, SignSGD, Signum, base, tiles
 from distsign.optim.base import SignOptimizer
@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[type[SignOptimizer], dict[str, Any]]] = {
         {"weight_decay": 0.125, "confidence": FixedConfidence(0.5), "decoupled": False, "maximize": True},
     ),
     "pp-target-density": (SignAdamPP, {"confidence": TargetDensity(0.2)}),
+    "pp-carry": (SignAdamPP, {"momentum": 0.0, "confidence": RMSConfidence(k=3, start=1, warmup_steps=4)}),
     "pp-authors": (SignAdamPP, {"weight_decay": 0.125, "confidence": FixedConfidence(0.5), "authors_code": True}),
     "sgd": (SignSGD, {}),
     "sgd-decay-confidence": (SignSGD, {"weight_decay": 0.1, "confidence": FixedConfidence(0.5)}),
@@ -173,7 +174,7 @@ def adaptive_alpha(confidence: AdaptiveConfidence) -> Callable[[Iterable[float]]
     ids=str,
     indirect=["decided_on"],
 )
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "pp-target-density"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in {"pp-target-density", "pp-carry"}])
 def test_a_hundred_steps_equal_the_reference(name: str, dtype: torch.dtype) -> None:
     """Bit for bit, but for SignAdam, whose vectorised square root may be off by one in the last place.
 
@@ -193,6 +194,63 @@ def test_a_hundred_steps_equal_the_reference(name: str, dtype: torch.dtype) -> N
         optimizer.step()
     for p, reference in zip(params, references, strict=True):
         assert_alike(name, [p.detach().flatten()], [torch.tensor(reference.theta, dtype=dtype)])
+
+
+class CarryReference:
+    """`RMSConfidence` and the step, one component at a time: `optim_reference` has the rest."""
+
+    def __init__(self, theta: list[float], lr: float, confidence: RMSConfidence) -> None:
+        self.theta, self.lr, self.confidence = theta, lr, confidence
+        self.v, self.r = [0.0] * len(theta), [0.0] * len(theta)
+        self.num_steps = self.num_clean_steps = 0
+
+    def step(self, g: list[float]) -> None:
+        fl, c = round_to_float32, self.confidence
+        share = (c.start / c.k) ** (1 - min(1.0, self.num_clean_steps / c.warmup_steps))
+        self.num_clean_steps += 1
+        if not any(g):
+            return
+        self.num_steps += 1
+        correction = fl(math.sqrt(1 - c.decay**self.num_steps))
+        for i, g_i in enumerate(g):
+            self.v[i] = fl(fl(fl(c.decay) * self.v[i]) + fl(fl(1 - c.decay) * fl(g_i * g_i)))
+            if self.v[i] > 1e-30:
+                self.r[i] = fl(self.r[i] + fl(fl(g_i * correction) / fl(math.sqrt(self.v[i]))))
+            if abs(self.r[i]) > fl(c.k * share):
+                self.theta[i] = fl(self.theta[i] - fl(self.lr * share) * math.copysign(1.0, self.r[i]))
+                self.r[i] = 0.0
+
+
+@pytest.mark.usefixtures("small_tiles", "decided_on")
+def test_fifty_steps_with_a_carry_equal_the_reference() -> None:
+    """With dead components, parameters that are idle now and then, and steps that are skipped."""
+    confidence = RMSConfidence(k=5, decay=0.9, start=1.5, warmup_steps=20)
+    params = make_params()
+    optimizer = SignAdamPP(params, lr=1e-3, momentum=0.0, confidence=confidence)
+    references = [CarryReference(p.detach().flatten().tolist(), 1e-3, confidence) for p in params]
+    started = [p.detach().clone() for p in params]
+    for step in range(50):
+        set_grads(params, step)
+        params[0].grad[0].zero_()  # type: ignore[index]
+        params[5].grad *= 1e-20  # type: ignore[operator]
+        if step % 7 == 3:
+            params[4].grad.zero_()  # type: ignore[union-attr]
+        if step % 10 == 5:
+            params[2].grad[1] = math.nan  # type: ignore[index]
+        else:
+            for p, reference in zip(params, references, strict=True):
+                reference.step(p.grad.flatten().tolist())  # type: ignore[union-attr]
+        optimizer.step()
+    for p, reference, start in zip(params, references, started, strict=True):
+        assert p.detach().flatten().tolist() == reference.theta
+        if p.numel():
+            state = optimizer.state[p]
+            assert state["carry"].flatten().tolist() == reference.r
+            assert state["square"].flatten().tolist() == reference.v
+            assert state["confidence"].tolist() == [reference.num_steps]
+            # Squares of 1e-20 are dead.
+            assert torch.equal(p.detach(), start) == (p is params[5])
+    assert torch.equal(params[0][0], started[0][0])
 
 
 @pytest.mark.parametrize("cls", [SignAdam, SignAdamPP, SignSGD, Signum])
@@ -429,10 +487,6 @@ def test_tiles_cover_every_element_once(sizes: list[int], limit: int) -> None:
 # Options -----------------------------------------------------------------------------------------------------------
 
 
-class CarryingConfidence(FixedConfidence):
-    requires_carry: ClassVar[bool] = True
-
-
 @every_optimizer
 @pytest.mark.parametrize(
     ("options", "words"),
@@ -451,7 +505,6 @@ class CarryingConfidence(FixedConfidence):
         ({"decoupled": False}, "abstention.*l2=.*FixedConfidence"),
         ({"confidence": 0.5}, r"confidence .*FixedConfidence.*0\.5"),
         ({"confidence": FixedConfidence}, "confidence .*FixedConfidence"),
-        ({"confidence": CarryingConfidence(1.0)}, "requires a carry.*do not keep yet"),
         ({"vote_state": 3}, "vote_state must be a SignVoteState, got 3"),
         ({"vote_state": FakeVoteState()}, r"named_parameters\(\)"),
         ({"vote_state": FakeVoteState(), "confidence": FixedConfidence(1.0)}, "once"),
@@ -537,7 +590,7 @@ def test_parameters_without_gradient_or_elements_are_left_alone(name: str) -> No
     assert params[3] not in optimizer.state
 
 
-@every_variant
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "pp-carry"])
 def test_maximize_is_minimizing_the_negative(name: str) -> None:
     results = []
     for sign, maximize in ((1.0, False), (-1.0, True)):
@@ -550,6 +603,23 @@ def test_maximize_is_minimizing_the_negative(name: str) -> None:
             optimizer.step()
         results.append(bits(optimizer))
     assert_same(*results)
+
+
+def test_maximize_with_a_carry() -> None:
+    """The carry is that of the raw gradient, so that it has the other sign."""
+    left, right = make_params(), make_params()
+    optimizer, other = build("pp-carry", left), build("pp-carry", right, maximize=True)
+    for step in range(5):
+        for params, sign in ((left, 1.0), (right, -1.0)):
+            set_grads(params, step)
+            for p in params:
+                p.grad *= sign  # type: ignore[operator]
+        optimizer.step()
+        other.step()
+    for p, q in zip(left, right, strict=True):
+        assert torch.equal(p, q)
+        if p.numel():
+            assert torch.equal(optimizer.state[p]["carry"], -other.state[q]["carry"])
 
 
 @every_optimizer
@@ -644,6 +714,67 @@ def test_a_sign_vote_state_is_a_vote_state() -> None:
     assert_same(bits(optimizer), bits(other))
 
 
+class CarryingConfidence(FixedConfidence):
+    requires_carry: ClassVar[bool] = True
+
+
+def test_a_carry_without_squares_is_in_units_of_the_gradient() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = SignSGD([p], lr=1.0, confidence=CarryingConfidence(1.0))
+    for expected in ([0.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]):
+        p.grad = torch.tensor([0.75, -0.25, 0.0])
+        optimizer.step()
+        assert p.tolist() == expected
+    assert optimizer.state[p].keys() == {"carry"}
+    assert optimizer.state[p]["carry"].tolist() == [0.75, -0.75, 0.0]
+
+
+def test_a_carry_that_nobody_wants_is_forgotten() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = SignAdamPP([p], confidence=RMSConfidence(k=3))
+    train(optimizer, [p], range(2))
+    assert optimizer.state[p].keys() == {"momentum_buffer", "confidence", "carry", "square"}
+    optimizer.param_groups[0]["confidence"] = FixedConfidence(0.5)
+    train(optimizer, [p], [2])
+    assert optimizer.state[p].keys() == {"momentum_buffer", "confidence"}
+
+
+def test_each_group_warms_up_by_itself(decided_on: str) -> None:
+    """The first step of RMSConfidence votes where the threshold is below 1, and is as much shorter."""
+    early, late = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    optimizer = SignSGD([early], lr=1.0, confidence=RMSConfidence(k=2, start=0.5, warmup_steps=2))
+    lengths = []
+    for step in range(4):
+        if step == 2:
+            optimizer.add_param_group({"params": [late]})
+        for p in (early, late):
+            p.grad = torch.ones(2)
+        before = early.detach().clone(), late.detach().clone()
+        optimizer.step()
+        lengths.append([(b - p)[0].item() for b, p in zip(before, (early, late), strict=True)])
+    # early: k_t = 0.5, 1, 2, 2 and ones add up; the 1 of the second step does not pass 1, and 1 + 1 does not pass 2.
+    assert lengths == [[0.25, 0.0], [0.0, 0.0], [0.0, 0.25], [1.0, 0.0]]
+
+
+def test_with_a_carry_it_learns() -> None:
+    """Least squares on one worker, as a user writes it."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    y = x @ torch.randn(8, 1)
+    model = nn.Linear(8, 1)
+    optimizer = SignAdamPP(model.parameters(), lr=0.2, momentum=0.0, confidence=RMSConfidence(k=4, start=1))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    losses = []
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0]
+
+
 def test_an_idle_parameter_keeps_its_statistics() -> None:
     p = nn.Parameter(torch.zeros(50))
     optimizer = SignAdamPP([p], confidence=AdaptiveConfidence())
@@ -734,7 +865,8 @@ def test_averages_are_wide(name: str, dtype: torch.dtype) -> None:
     for p, state in optimizer.state.items():
         for key, value in state.items():
             if key != "confidence":
-                assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+                wide = dtype == torch.float64 and key not in {"carry", "square"}
+                assert value.dtype == (torch.float64 if wide else torch.float32)
                 assert value.shape == p.shape
 
 
@@ -776,7 +908,7 @@ def test_resume_equals_unbroken(name: str, dtype: torch.dtype, stop: int) -> Non
     other.load_state_dict(checkpoint)
     train(other, resumed, range(stop, 15))
     assert_same(bits(other), bits(optimizer))
-    assert saved_and_loaded(other.state_dict())["param_groups"] == checkpoint["param_groups"]
+    assert saved_and_loaded(other.state_dict())["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
 @every_variant
@@ -812,7 +944,7 @@ def test_copies_go_on_alike(name: str, how: Callable[[SignOptimizer], SignOptimi
 
 def test_hooks_of_the_user_see_what_is_loaded_and_what_was() -> None:
     params = make_params(torch.bfloat16)
-    optimizer = SignAdamPP(params, lr=LR)
+    optimizer = SignAdamPP(params, lr=LR, confidence=FixedConfidence(0.5))
     train(optimizer, params, range(2))
     seen: list[Any] = []
 
@@ -824,10 +956,10 @@ def test_hooks_of_the_user_see_what_is_loaded_and_what_was() -> None:
     checkpoint["state"] = {k: {"old_name": v["momentum_buffer"]} for k, v in checkpoint["state"].items()}
     optimizer.register_load_state_dict_pre_hook(rename)
     optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.state[params[0]]["momentum_buffer"].dtype))
-    optimizer.register_state_dict_post_hook(lambda o, d: seen.append("confidence" in d["param_groups"][0]))
+    optimizer.register_state_dict_post_hook(lambda o, d: seen.append(d["param_groups"][0]["confidence"]))
     optimizer.load_state_dict(checkpoint)
     optimizer.state_dict()
-    assert seen == [torch.float32, False]
+    assert seen == [torch.float32, "FixedConfidence(alpha=0.5)"]
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
 
 
@@ -854,10 +986,19 @@ def test_foreign_checkpoints_are_refused() -> None:
     other = make_params()
     adaptive = SignAdamPP(other, confidence=AdaptiveConfidence())
     train(adaptive, other, [0])
-    refuse(adaptive.state_dict(), "another confidence")
+    refuse(adaptive.state_dict(), r"written with confidence=AdaptiveConfidence\(.*this optimizer has None")
     wrong = optimizer.state_dict()
     wrong["param_groups"][0]["momentum"] = 2.0
     refuse(wrong, r"momentum must be in \[0, 1\), got 2\.0")
+
+
+def test_another_confidence_of_the_same_kind_is_refused() -> None:
+    """Shapes would fit, but a carry in units of k = 3 means nothing to k = 24, nor does a warm-up."""
+    params, others = make_params(), make_params()
+    optimizer, other = build("pp-carry", params), build("pp-carry", others, confidence=RMSConfidence(k=24))
+    train(optimizer, params, range(2))
+    with pytest.raises(ValueError, match=r"confidence=RMSConfidence\(k=3, .* has RMSConfidence\(k=24, .*build it with"):
+        other.load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("cls", [SignAdam, SignAdamPP, SignSGD, Signum])
@@ -922,7 +1063,9 @@ def test_tile_size_does_not_change_the_step(name: str, seed: int, limit: int) ->
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", [name for name, (_, options) in VARIANTS.items() if "confidence" not in options])
+@pytest.mark.parametrize(
+    "name", [name for name, (_, options) in VARIANTS.items() if "confidence" not in options or name == "pp-carry"]
+)
 def test_cuda_decides_without_waiting(name: str) -> None:
     params, expected = [nn.Parameter(p.detach().cuda()) for p in make_params()], make_params()
     optimizer, other = build(name, params), build(name, expected)

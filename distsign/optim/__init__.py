@@ -1,7 +1,8 @@
 """Optimizers that step along signs or confident ballots, with or without a vote.
 
 All of them take `d = sign(grad)`, so that clipping or unscaling a verdict does not change the step; `d` is the ballots
-of the raw gradient where a `confidence` is given.
+of the raw gradient where a `confidence` is given. That is for one worker: the optimizer then keeps what the confidence
+remembers, the carry among it. Under a vote `SignVoteState` does.
 
 | optimizer | averages | step, before `lr * weight_decay * p` is taken off |
 |---|---|---|

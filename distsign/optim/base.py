@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from distsign.ballots import cast_ballots
+from distsign.ballots import Kept, cast_ballots, cast_with_carry
 from distsign.confidence import Confidence
 from distsign.optim.arithmetic import Scalar, add_, gated, on_host, scale_, wide_dtype
 from distsign.optim.options import (
@@ -25,6 +25,7 @@ from distsign.optim.options import (
     check_params,
     check_vote_state,
     describe,
+    name_confidence,
 )
 from distsign.optim.tiles import finite_on_devices, finite_on_host, tile_limit, tiles
 
@@ -32,7 +33,8 @@ __all__ = ["SignOptimizer"]
 
 _Batch: TypeAlias = tuple[Scalar, list[tuple[Tensor, Tensor]]]  # lr scale, and parameters with their gradients
 
-_STATS = "confidence"
+_STATS, _CARRY, _SQUARE = "confidence", "carry", "square"
+_CLEAN_STEPS = "clean_steps"  # in a group whose confidence function warms up
 
 
 class SignOptimizer(Optimizer):
@@ -41,13 +43,17 @@ class SignOptimizer(Optimizer):
     A subclass says in `_average_names` which averages it keeps per parameter and in `_move` how they and the step
     follow from the direction `d`. The step itself, for all of them, is
 
-    `p = (1 - lr * weight_decay) * p - lr * lr_scale * move`.
+    `p = (1 - lr * weight_decay) * p - lr * lr_scale * move`,
+
+    where `lr_scale` is the vote state's, or the warm-up of the group's confidence function, or 1.
 
     1. Every gradient of every group is searched for NaN and infinities. Where there is one, nothing moves: no
        parameter, no average, no statistics, no decay. CPU tensors are judged on the host; elsewhere a flag on the
        device gates every factor, and the host never waits.
     2. `d = sign(grad)`, or the ballots of `grad` where the group has a confidence. With `decoupled=False`
-       `weight_decay * p` is added to the gradient before the ballots are cast.
+       `weight_decay * p` is added to the gradient before the ballots are cast. A confidence that requires a carry finds
+       it, and where it wants them the squares, in the parameter's state: `carry` and `square`, float32. It warms up
+       over the group's clean steps.
     3. The subclass updates its averages and returns the move. Averages are float32 for half-precision parameters:
        with `beta = 0.999` an average of +-1 kept in bfloat16 would stop at half of its limit.
     4. Half-precision parameters are updated in float32 and rounded once. A step below half the spacing of their numbers
@@ -57,7 +63,8 @@ class SignOptimizer(Optimizer):
     decay happens once a step whatever the verdicts do.
 
     A copy of the optimizer (`copy.deepcopy`, pickle) belongs to other parameters and so leaves the vote state behind.
-    A checkpoint holds numbers and tensors only; the confidence function is taken from the optimizer that loads it.
+    A checkpoint holds numbers, words and tensors only: of the confidence function its `repr`, which must be that of the
+    optimizer that loads it.
     """
 
     _vote_state: VoteState | None = None  # on the class, since copies of an optimizer do not run __init__
@@ -129,14 +136,14 @@ class SignOptimizer(Optimizer):
     # Checkpoints ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return options, averages and statistics as numbers and tensors, which `weights_only` loading accepts."""
+        """Return options, averages and statistics as plain values and tensors, which `weights_only` loading accepts."""
 
         # As a hook, so that it runs before the user's own hooks.
-        def drop_confidence(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        def put_into_words(_: Optimizer, state_dict: dict[str, Any]) -> None:
             for group in state_dict["param_groups"]:
-                del group["confidence"]
+                group["confidence"] = name_confidence(group["confidence"])
 
-        handle = self.register_state_dict_post_hook(drop_confidence, prepend=True)
+        handle = self.register_state_dict_post_hook(put_into_words, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -146,8 +153,8 @@ class SignOptimizer(Optimizer):
         """Load a copy of what `state_dict` returned; options are the saved ones, the confidence function stays.
 
         Raises:
-            ValueError: if groups, options or shapes are not those of this optimizer and its parameters. The optimizer
-                is then unchanged.
+            ValueError: if groups, options, shapes or confidence functions are not those of this optimizer and its
+                parameters. The optimizer is then unchanged.
         """
         saved_state: dict[Tensor, dict[str, Tensor]] = {}
         confidences: list[Confidence | None] = [group["confidence"] for group in self.param_groups]
@@ -177,7 +184,7 @@ class SignOptimizer(Optimizer):
     def _saved_state(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
         """Check what is about to be loaded, and return its state by parameter."""
         state: dict[Tensor, dict[str, Tensor]] = {}
-        options = self.defaults.keys() - {"confidence", "differentiable"}  # torch adds the latter to copies
+        options = self.defaults.keys() - {"differentiable"}  # torch adds it to copies
         saved_groups = state_dict["param_groups"]
         if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
             raise ValueError(
@@ -192,19 +199,26 @@ class SignOptimizer(Optimizer):
                     f"{self._label}: the checkpoint has no option {missing[0]!r}: it was saved by another optimizer; "
                     f"load it with that one"
                 )
+            mine = name_confidence(group["confidence"])
+            if saved["confidence"] != mine:
+                raise ValueError(
+                    f"{self._label}: the checkpoint was written with confidence={saved['confidence']}, this optimizer "
+                    f"has {mine}, to which the other's memory means nothing: build it with the checkpoint's"
+                )
             self._check_options({**saved, "confidence": group["confidence"]})
             for index, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
                 entries = state_dict["state"].get(key)
                 if not entries:
                     continue
-                expected = dict.fromkeys(self._average_names(saved), tuple(p.shape))
-                if group["confidence"] is not None and group["confidence"].num_stats:
-                    expected[_STATS] = (group["confidence"].num_stats,)
+                confidence = group["confidence"]
+                expected = dict.fromkeys((*self._average_names(saved), *_carried(confidence)), tuple(p.shape))
+                if confidence is not None and confidence.num_stats:
+                    expected[_STATS] = (confidence.num_stats,)
                 came = {name: tuple(value.shape) for name, value in entries.items()}
                 if came != expected:
                     raise ValueError(
                         f"{self._label}: the checkpoint has {came} for {describe(group, index)}, expected {expected}: "
-                        "it was saved by another optimizer, for another model or with another confidence"
+                        "it was saved by another optimizer or for another model"
                     )
                 state[p] = entries
         return state
@@ -244,6 +258,8 @@ class SignOptimizer(Optimizer):
             return loss
         for group, (scale, pairs) in work:
             self._step_batch(group, scale, pairs, ok.get(pairs[0][0].device))
+        for group in {id(group): group for group, _ in work}.values():
+            self._count_step(group, next(iter(ok.values()), None))
         return loss
 
     @staticmethod
@@ -254,6 +270,7 @@ class SignOptimizer(Optimizer):
     def _batches(self, group: Group) -> list[_Batch]:
         """Return the group's parameters that have gradients, one learning rate, device and dtype a batch."""
         batches: dict[tuple[object, ...], _Batch] = {}
+        warm_ups: dict[torch.device, Scalar] = {}  # one a device, so that its parameters share a batch
         for index, p in enumerate(group["params"]):
             if p.grad is None or p.numel() == 0:
                 continue
@@ -262,7 +279,12 @@ class SignOptimizer(Optimizer):
                     f"{self._label}: gradients must be dense, got {p.grad.layout} for {describe(group, index)}: "
                     "build nn.Embedding with sparse=False, or give this parameter to another optimizer"
                 )
-            scale = on_host(self._vote_state.lr_scale(p)) if self._vote_state is not None else 1.0
+            if self._vote_state is not None:
+                scale = on_host(self._vote_state.lr_scale(p))
+            else:
+                if p.device not in warm_ups:
+                    warm_ups[p.device] = _warm_up(group, p.device)
+                scale = warm_ups[p.device]
             key = (p.device, p.dtype, id(scale) if isinstance(scale, Tensor) else scale)
             batches.setdefault(key, (scale, []))[1].append((p, p.grad))
         return list(batches.values())
@@ -274,7 +296,7 @@ class SignOptimizer(Optimizer):
         keep = None
         if group["weight_decay"] and not self._adds_l2(group):
             keep = gated(1.0 - lr * group["weight_decay"], ok, 1.0, dtype, device)
-        for params, sources, *averages in tiles(self._rows(group, pairs, ok), tile_limit(device)):
+        for params, sources, *averages in tiles(self._rows(group, scale, pairs, ok), tile_limit(device)):
             wide = [p.to(dtype) for p in params]
             move = self._move(group, self._directions(group, sources, dtype), averages, ok)
             if keep is not None:
@@ -284,36 +306,60 @@ class SignOptimizer(Optimizer):
                 torch._foreach_copy_(params, wide)
 
     def _rows(
-        self, group: Group, pairs: list[tuple[Tensor, Tensor]], ok: Tensor | None
+        self, group: Group, scale: Scalar, pairs: list[tuple[Tensor, Tensor]], ok: Tensor | None
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yield each parameter with what its direction is made of, and its averages."""
-        names = self._average_names(group)
+        names, carried = self._average_names(group), _carried(group["confidence"])
         for p, grad in pairs:
             state = self.state[p] if p in self.state or names or group["confidence"] is not None else {}
-            for stale in state.keys() - {*names, _STATS}:
+            for stale in state.keys() - {*names, *carried, _STATS}:
                 del state[stale]  # a momentum that was set to 0 since: a later one starts afresh
-            for name in names:
+            for name in (*names, *carried):
                 if name not in state:
-                    state[name] = torch.zeros_like(p, dtype=wide_dtype(p.dtype), memory_format=torch.preserve_format)
-            source = grad if group["confidence"] is None else self._ballots(group, p, grad, ok)
+                    state[name] = torch.zeros_like(p, dtype=_dtype(name, p), memory_format=torch.preserve_format)
+            source = grad if group["confidence"] is None else self._ballots(group, scale, p, grad, ok)
             yield (p, source, *(state[name] for name in names))
 
-    def _ballots(self, group: Group, p: Tensor, grad: Tensor, ok: Tensor | None) -> Tensor:
+    def _ballots(self, group: Group, factor: Scalar, p: Tensor, grad: Tensor, ok: Tensor | None) -> Tensor:
+        """Return the ballots of a gradient, and keep what its confidence remembers; `factor` is on the threshold."""
         confidence: Confidence = group["confidence"]
         if self._adds_l2(group) and group["weight_decay"]:
             # In float32, since the sum of two finite halves need not be a finite half.
             raw = -grad if group["maximize"] else grad
             grad = raw.to(wide_dtype(grad.dtype)).add(p, alpha=group["weight_decay"])
-        stats = self.state[p].get(_STATS)
+        state = self.state[p]
+        stats = state.get(_STATS)
         if stats is None:
             stats = confidence.init_stats(1, p.device)[0]
-        ballots, new_stats = cast_ballots(confidence, grad, stats)
+        new: dict[str, Tensor] = {}
+        if confidence.requires_carry:
+            kept = Kept(stats, state[_CARRY], state.get(_SQUARE))
+            ballots, kept = cast_with_carry(confidence, grad, kept, factor)
+            new = {_STATS: kept.stats, _CARRY: kept.carry}
+            if kept.square is not None:
+                new[_SQUARE] = kept.square
+        else:
+            ballots, new[_STATS] = cast_ballots(confidence, grad, stats, factor)
+        if not confidence.num_stats:
+            del new[_STATS]
         if ok is not None:
-            # The gradient of a step that is to be skipped may have made anything of either.
-            ballots, new_stats = torch.where(ok, ballots, 0.0), torch.where(ok, new_stats, stats)
-        if confidence.num_stats:
-            self.state[p][_STATS] = new_stats
+            # The gradient of a step that is to be skipped may have made anything of them.
+            ballots = torch.where(ok, ballots, 0.0)
+            old = {_STATS: stats, **state}
+            new = {name: torch.where(ok, value, old[name]) for name, value in new.items()}
+        state.update(new)
         return ballots
+
+    def _count_step(self, group: Group, ok: Tensor | None) -> None:
+        """Count a step that was clean, on the device where `ok` lies, if the group's confidence warms up."""
+        if group["confidence"] is None or len(group["confidence"].warm_up()) == 1:
+            return
+        steps = group.get(_CLEAN_STEPS, 0)
+        if ok is not None:
+            if not isinstance(steps, Tensor):
+                steps = torch.full((), steps, dtype=torch.int64, device=ok.device)
+            steps = steps.to(ok.device, non_blocking=True)
+        group[_CLEAN_STEPS] = steps + (1 if ok is None else ok)
 
     def _directions(self, group: Group, sources: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Return `d`: what the parameters should move against, with `maximize` already counted in."""
@@ -325,8 +371,36 @@ class SignOptimizer(Optimizer):
         return list(torch._foreach_neg(d)) if group["maximize"] and not turned else d
 
 
+def _carried(confidence: Confidence | None) -> tuple[str, ...]:
+    """Return the keys in `self.state[p]` of what a confidence function has kept of each component."""
+    if confidence is None or not confidence.requires_carry:
+        return ()
+    return (_CARRY,) if confidence.square_decay is None else (_CARRY, _SQUARE)
+
+
+def _warm_up(group: Group, device: torch.device) -> Scalar:
+    """Return the factor on a group's thresholds and learning rate in this step; a tensor if only the device knows."""
+    if group["confidence"] is None:
+        return 1.0
+    factors: tuple[float, ...] = group["confidence"].warm_up()
+    steps: int | Tensor = group.get(_CLEAN_STEPS, 0)
+    last = len(factors) - 1
+    if not isinstance(steps, Tensor):
+        return factors[min(steps, last)]
+    at = steps.to(device, non_blocking=True).clamp(max=last)
+    # Not `[at]`, which would wait for the device to tell the index.
+    return on_host(torch.tensor(factors, dtype=torch.float64).to(device, non_blocking=True).take(at))
+
+
+def _dtype(name: str, p: Tensor) -> torch.dtype:
+    """Return the dtype in which the optimizer keeps an entry of a parameter's state."""
+    if name == _STATS:
+        return torch.float64
+    return torch.float32 if name in (_CARRY, _SQUARE) else wide_dtype(p.dtype)
+
+
 def _own_copy(p: Tensor, name: str, value: Tensor) -> Tensor:
     """Return a loaded tensor in the dtype, device and layout in which the optimizer keeps it, sharing no memory."""
     if name == _STATS:
-        return value.to(device=p.device, dtype=torch.float64, copy=True)
-    return torch.empty_like(p, dtype=wide_dtype(p.dtype), memory_format=torch.preserve_format).copy_(value)
+        return value.to(device=p.device, dtype=_dtype(name, p), copy=True)
+    return torch.empty_like(p, dtype=_dtype(name, p), memory_format=torch.preserve_format).copy_(value)

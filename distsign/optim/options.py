@@ -23,6 +23,7 @@ __all__ = [
     "check_params",
     "check_vote_state",
     "describe",
+    "name_confidence",
 ]
 
 Group: TypeAlias = dict[str, Any]
@@ -97,12 +98,6 @@ def check_confidence(label: str, confidence: object, *, l2: bool, voted: bool) -
             "already: whoever sees the raw gradient applies the confidence, once. Pass it to SignVoteState and leave "
             "it out here"
         )
-    if confidence.requires_carry:
-        # The carry's place is self.state[p]["carry"], beside the statistics, handed to cast_ballots with them.
-        raise ValueError(
-            f"{label}: {confidence!r} requires a carry, which the optimizers do not keep yet: "
-            "use FixedConfidence, AdaptiveConfidence or TargetDensity"
-        )
 
 
 def check_vote_state(label: str, vote_state: object) -> None:
@@ -142,3 +137,8 @@ def describe(group: Group, index: int) -> str:
     """Return words for one parameter of a group: its name, where there is one, and its shape."""
     name = repr(group["param_names"][index]) if "param_names" in group else f"parameter {index}"
     return f"{name} of shape {tuple(group['params'][index].shape)}"
+
+
+def name_confidence(confidence: Confidence | None) -> str | None:
+    """Return a confidence function's words in a checkpoint; a function of one's own needs a `repr` of its options."""
+    return None if confidence is None else repr(confidence)
