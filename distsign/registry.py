@@ -13,6 +13,9 @@ from torch import Tensor
 __all__ = ["ParameterRegistry", "VoteError"]
 
 
+_BUILD = "build the optimizer from model.named_parameters() of the model that DDP wraps"
+
+
 class VoteError(RuntimeError):
     """A vote could not be held, or its result was used in a way that would train something else."""
 
@@ -72,8 +75,19 @@ class ParameterRegistry:
         return bool(self._name_by_row)
 
     def row(self, parameter: Tensor) -> int | None:
-        """Return the row of a parameter, None where it has none."""
-        return self._row_by_id.get(id(parameter))
+        """Return the row of a parameter that is about to be stepped, None where it has none.
+
+        Raises:
+            VoteError: if it has a gradient that the hook has not voted on, although it has on others'.
+        """
+        row = self._row_by_id.get(id(parameter))
+        # Frozen and unused parameters have no gradient; those that DDP exchanges the hook has seen in any case.
+        if parameter.grad is not None and self._accumulators and row not in self._accumulators:
+            raise VoteError(
+                f"the optimizer has a gradient that the hook has not voted on, of {self._describe(row, parameter)}: "
+                f"{_BUILD}. A parameter that DDP does not exchange goes into an optimizer without vote_state"
+            )
+        return row
 
     def name(self, row: int) -> str | None:
         """Return the name of the parameter in a row, None where it has none."""
@@ -108,16 +122,27 @@ class ParameterRegistry:
 
     def _check_accumulation(self, row: int) -> None:
         """Refuse to add a gradient to a verdict, which would be neither; called just before autograd adds."""
-        if row in self._holds_verdict:
-            gradient = self._parameters[row].grad
-            if gradient is not None and bool(gradient.any()):
-                name = self._name_by_row.get(row, f"number {row}")
-                raise VoteError(
-                    f"a second backward reached parameter {name}, whose .grad still holds the last vote's verdict: "
-                    "their sum would be neither. Call zero_grad() after each step, and to accumulate "
-                    "gradients run all but the last backward under model.no_sync()"
-                )
-            self._holds_verdict.discard(row)
+        if row not in self._holds_verdict:
+            return
+        if self._name_by_row and self._accumulators.keys().isdisjoint(self._name_by_row):
+            raise VoteError(
+                "the hook votes on none of the parameters that this SignVoteState was told the names of, so that the "
+                f"optimizer moves none that are trained: {_BUILD}"
+            )
+        parameter = self._parameters[row]
+        if parameter.grad is not None and bool(parameter.grad.any()):
+            stranger = self._name_by_row and row not in self._name_by_row
+            raise VoteError(
+                f"a second backward reached {self._describe(row, parameter)}, whose .grad still holds the last vote's "
+                "verdict: their sum would be neither. Call zero_grad() after each step, and to accumulate "
+                "gradients run all but the last backward under model.no_sync()"
+                + (f". No optimizer with vote_state=state has this parameter: {_BUILD}" if stranger else "")
+            )
+        self._holds_verdict.discard(row)
+
+    def _describe(self, row: int | None, parameter: Tensor) -> str:
+        name = None if row is None else self._name_by_row.get(row)
+        return f"a parameter of shape {tuple(parameter.shape)}" if name is None else f"parameter {name}"
 
 
 def _before_accumulation(registry: weakref.ref[ParameterRegistry], row: int, gradients: tuple[Tensor, ...]) -> None:

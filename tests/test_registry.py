@@ -122,12 +122,55 @@ def test_a_second_backward_into_a_verdict_is_refused() -> None:
         watched.backward()
 
 
-def test_a_parameter_without_a_name_is_said_by_number() -> None:
+def test_a_parameter_without_a_name_is_said_by_its_shape() -> None:
     watched = Watched(names=False)
     watched.backward()
     watched.vote()
-    with pytest.raises(VoteError, match="parameter number [01],"):
+    with pytest.raises(VoteError, match=r"a parameter of shape \((2, 3|2,)\), whose .*no_sync\(\)$"):
         watched.backward()
+
+
+@pytest.mark.parametrize("cleared", [True, False])
+def test_names_of_another_net_are_noticed_at_the_second_backward(cleared: bool) -> None:
+    """Its optimizer clears no gradient here; and where the user does, nothing would ever be trained."""
+    watched = Watched(names=False)
+    watched.registry.track(nn.Linear(3, 2).named_parameters())
+    watched.backward()
+    watched.vote()
+    if cleared:
+        watched.net.zero_grad()
+    with pytest.raises(VoteError, match=r"none of the parameters .*model\.named_parameters\(\) of the model that DDP"):
+        watched.backward()
+
+
+def test_a_verdict_that_no_optimizer_with_this_state_has() -> None:
+    watched = Watched(names=False)
+    watched.registry.track([("weight", watched.net.weight)])
+    watched.backward()
+    watched.vote()
+    watched.net.weight.grad = None
+    with pytest.raises(VoteError, match=r"of shape \(2,\).*No optimizer with vote_state=state has this parameter"):
+        watched.backward()
+
+
+def test_a_gradient_that_was_not_voted_on_has_no_row() -> None:
+    watched, other = Watched(), Watched(names=False)
+    other.backward()
+    watched.registry.track([("alien", other.net.bias), ("unused", nn.Parameter(torch.ones(2)))])
+    assert watched.registry.row(watched.net.weight) == 0
+    with pytest.raises(VoteError, match=r"has not voted on, of parameter alien: build the optimizer from"):
+        watched.registry.row(other.net.bias)
+    with pytest.raises(VoteError, match=r"has not voted on, of a parameter of shape \(2, 3\)"):
+        watched.registry.row(other.net.weight)
+    other.net.bias.grad = None  # frozen or unused
+    assert watched.registry.row(other.net.bias) == 2
+
+
+def test_no_gradient_is_refused_before_the_hook_has_run() -> None:
+    net, registry = nn.Linear(3, 2), ParameterRegistry()
+    registry.track(net.named_parameters())
+    net(torch.ones(1, 3)).sum().backward()
+    assert [registry.row(parameter) for parameter in net.parameters()] == [0, 1]
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
