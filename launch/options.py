@@ -5,16 +5,38 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
-from launch.schemes import CONFIDENCES, HOOKS, OPTIMIZERS, make_confidence
+from distsign.exchange import EXCHANGES
+from distsign.vote import require_margin
+from launch.schemes import (
+    CARRIES,
+    CONFIDENCES,
+    HOOKS,
+    OPTIMIZERS,
+    OWNER_CARRIES,
+    make_confidence,
+    make_vote_state,
+)
 from launch.tasks import TASKS
 
 RESUME_IF_THERE = "if-there"
+WIRES = ("auto", "planes", "sparse")
+_VOTE_DEFAULTS = (
+    ("margin", 1),
+    ("l2", 0.0),
+    ("wire", "auto"),
+    ("exchange", "two_phase"),
+    ("carry", "auto"),
+    ("owner_carry", "auto"),
+    ("bits_per_param", None),
+)
 
 
 class UsageError(ValueError):
@@ -39,6 +61,9 @@ class TrainOptions:
     l2: float
     wire: str
     exchange: str
+    carry: str
+    owner_carry: str
+    bits_per_param: float | None
     bucket_cap_mb: float
     batch_size: int
     steps: int | None
@@ -71,30 +96,49 @@ class TrainOptions:
         self._check_ranges()
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs say the same thing twice: give one of them")
-        if self.hook == "sign-vote":
-            if self.confidence is None:
-                raise UsageError(f"--hook sign-vote needs --confidence: one of {', '.join(CONFIDENCES)}")
-        else:
-            self._check_without_vote()
         optimizer = OPTIMIZERS[self.optimizer]
         if self.momentum is not None and optimizer.momentum is None:
             raise UsageError(f"--momentum is no option of --optimizer {self.optimizer}: leave it out")
-        if self.weight_decay and optimizer.l2 and self.hook == "sign-vote":
-            raise UsageError(
-                f"--weight-decay of {self.optimizer} is L2, which would turn each abstention into a vote for decay: "
-                "use --l2, or an optimizer with decoupled decay (adamw, sign-adam-pp)"
-            )
         if self.confidence is not None:
             try:
                 make_confidence(self.confidence)
             except ValueError as error:
                 raise UsageError(f"--confidence {self.confidence}: {error}") from error
+        if self.hook == "sign-vote":
+            self._check_vote()
+        else:
+            self._check_without_vote()
         if self.data is not None and not TASKS[self.task].uses_images:
             raise UsageError(f"--data names Fashion-MNIST's folder, task {self.task} does not use it: leave it out")
         if self.checkpoint is None:
             for name in ("resume", "checkpoint_every", "stop_after"):
                 if getattr(self, name) is not None:
                     raise UsageError(f"{_flag(name)} needs --checkpoint FILE")
+
+    def check_ranks(self, world_size: int) -> None:
+        """Refuse options that so many ranks cannot have.
+
+        Raises:
+            UsageError: names the option and what to do.
+        """
+        if self.hook == "sign-vote":
+            try:
+                require_margin(self.margin, world_size)
+            except ValueError as error:
+                raise UsageError(as_typed(error)) from error
+
+    def check_folders(self) -> None:
+        """Refuse results in a folder that is not there and should not be made: only the last one of a path is.
+
+        Raises:
+            UsageError: names the option and what to do.
+        """
+        for name in ("metrics", "checkpoint"):
+            value = getattr(self, name)
+            folder = Path(value or "file").resolve().parent
+            # A mistyped path is far more likely than somebody who wants a new folder beside /usr.
+            if not folder.is_dir() and (folder.parent == Path(folder.anchor) or not folder.parent.is_dir()):
+                raise UsageError(f"{_flag(name)} {value}: there is no folder {folder}: make it, or name another")
 
     def _check_ranges(self) -> None:
         for name, low, high in (("lr", 0.0, float("inf")), ("momentum", 0.0, 1.0), ("bucket_cap_mb", 0.0, 1e6)):
@@ -114,8 +158,21 @@ class TrainOptions:
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must be in [0, 2**63), got {self.seed}")
 
+    def _check_vote(self) -> None:
+        if self.confidence is None:
+            raise UsageError(f"--hook sign-vote needs --confidence: one of {', '.join(CONFIDENCES)}")
+        if self.weight_decay and OPTIMIZERS[self.optimizer].l2:
+            raise UsageError(
+                f"--weight-decay of {self.optimizer} is L2, which would turn each abstention into a vote for decay: "
+                "use --l2, or an optimizer with decoupled decay (adamw, sign-adam-pp)"
+            )
+        try:
+            make_vote_state(self)  # what the library would refuse after the start, it refuses now
+        except ValueError as error:
+            raise UsageError(as_typed(error)) from error
+
     def _check_without_vote(self) -> None:
-        for name, default in (("margin", 1), ("l2", 0.0), ("wire", "auto"), ("exchange", "two_phase")):
+        for name, default in _VOTE_DEFAULTS:
             if getattr(self, name) != default:
                 hint = " (without a vote, L2 is the optimizer's --weight-decay)" if name == "l2" else ""
                 raise UsageError(f"{_flag(name)} is an option of --hook sign-vote, got --hook {self.hook}{hint}")
@@ -162,8 +219,11 @@ def make_parser() -> argparse.ArgumentParser:
     link.add_argument("--confidence", metavar="NAME[:KEY=VALUE,...]", help=f"who may vote: {_confidence_help()}")
     link.add_argument("--margin", type=int, default=1, help="least lead of a verdict, in votes")
     link.add_argument("--l2", type=float, default=0.0, help="added to each rank's gradient before the vote")
-    link.add_argument("--wire", default="auto", help="codec of the ballots")
-    link.add_argument("--exchange", default="two_phase", help="how ballots and verdicts travel")
+    link.add_argument("--wire", choices=WIRES, default="auto", help="codec of the ballots")
+    link.add_argument("--exchange", choices=EXCHANGES, default="two_phase", help="how ballots and verdicts travel")
+    link.add_argument("--carry", choices=CARRIES, default="auto", help="what a rank keeps of ballots it did not cast")
+    link.add_argument("--owner-carry", choices=OWNER_CARRIES, default="auto", help="what owners keep of votes")
+    link.add_argument("--bits-per-param", type=float, metavar="BITS", help="budget per parameter and direction")
     link.add_argument("--bucket-cap-mb", type=float, default=25.0, help="DDP's bucket size, in MiB")
 
     out = parser.add_argument_group("results")
@@ -210,6 +270,13 @@ def exit_with(message: str, code: int = 2, prog: str = "launch.train") -> NoRetu
         time.sleep(10)
     sys.stdout.flush()
     os._exit(code)
+
+
+def as_typed(error: ValueError) -> str:
+    """Return the library's words about an option, which they begin with, as the user knows it: `--margin must be`."""
+    name, rest = re.fullmatch(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+    known = {field.name for field in dataclasses.fields(TrainOptions)}
+    return _flag(name) + rest if name in known else str(error)
 
 
 def _flag(name: str) -> str:

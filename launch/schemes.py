@@ -1,8 +1,9 @@
 """Hooks, confidence functions and optimizers by name, and the one place that turns options into them."""
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from distsign import (
     AdaptiveConfidence,
     FixedConfidence,
+    RMSConfidence,
     SignAdam,
     SignAdamPP,
     SignSGD,
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank's gradients cost on the link so far, and what the usual ways would have cost.
+    """What a rank's gradients cost on the link so far, and what the usual ways would have cost.
+
+    Of one rank as a hook returns it; `mean` makes one of those of all ranks.
 
     Attributes:
         sent_bytes: by this rank.
@@ -45,13 +49,21 @@ class Traffic:
         verdict_density: share of components with a verdict; None without a vote.
     """
 
-    sent_bytes: int
-    received_bytes: int
-    fp32_bytes: int
-    bf16_bytes: int
+    sent_bytes: float
+    received_bytes: float
+    fp32_bytes: float
+    bf16_bytes: float
     kind: str
     ballot_density: float | None = None
     verdict_density: float | None = None
+
+    @staticmethod
+    def mean(of_ranks: "Sequence[Traffic]") -> "Traffic":
+        """Return the mean over the ranks, whose kind is the same; where one knows no density, neither does the mean."""
+        columns = {field.name: [getattr(each, field.name) for each in of_ranks] for field in fields(Traffic)}
+        kind = columns.pop("kind")[0]
+        means = {name: None if None in column else fmean(column) for name, column in columns.items()}
+        return Traffic(kind=kind, **means)  # type: ignore[arg-type]
 
 
 class Combiner(Protocol):
@@ -65,6 +77,9 @@ class Combiner(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
+
+    def close(self) -> None:
+        """Give back what it holds of the process group; nothing else may be asked of it afterwards."""
 
 
 class AllReduce:
@@ -94,6 +109,9 @@ class AllReduce:
         """See `Combiner`."""
         if state:
             raise ValueError(f"an all-reduce keeps nothing between steps, got state {sorted(state)}")
+
+    def close(self) -> None:
+        """See `Combiner`."""
 
 
 class SignVote:
@@ -127,6 +145,10 @@ class SignVote:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Combiner`."""
         self.state.load_state_dict(state)
+
+    def close(self) -> None:
+        """See `Combiner`."""
+        self.state.close()
 
 
 # Annotations are evaluated in this file: DDP compares those of a hook with the classes themselves.
@@ -172,6 +194,18 @@ HOOKS: dict[str, Callable[[DistributedDataParallel, "TrainOptions"], Combiner]] 
 """Ways to combine gradients: each registers its hook on the model. `none` is DDP's own float32 all-reduce."""
 
 
+CARRIES: dict[str, bool | torch.dtype | None] = {
+    "auto": None,
+    "none": False,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+}
+"""What a rank keeps of the ballots that it did not cast, by name; `auto` is what the library takes."""
+
+OWNER_CARRIES: dict[str, bool | str | None] = {"auto": None, "none": False, "plain": "plain", "standing": "standing"}
+"""What owners keep of the votes that decided nothing, by name."""
+
+
 def make_vote_state(options: "TrainOptions") -> SignVoteState:
     """Make the hook's state from the options: the only place that knows which option is which argument.
 
@@ -182,8 +216,11 @@ def make_vote_state(options: "TrainOptions") -> SignVoteState:
     return SignVoteState(
         confidence=make_confidence(options.confidence),
         margin=options.margin,
+        carry=CARRIES[options.carry],
+        owner_carry=OWNER_CARRIES[options.owner_carry],
         exchange=options.exchange,
         wire=options.wire,
+        bits_per_param=options.bits_per_param,
         l2=options.l2,
     )
 
@@ -199,6 +236,7 @@ class ConfidenceEntry:
 CONFIDENCES = {
     "fixed": ConfidenceEntry(FixedConfidence, "alpha=5e-4"),
     "adaptive": ConfidenceEntry(AdaptiveConfidence, "beta1=0.9,beta2=1"),
+    "rms": ConfidenceEntry(RMSConfidence, "k=24"),
     "target-density": ConfidenceEntry(TargetDensity, "density=0.05"),
 }
 """Confidence functions by the name that `--confidence` knows."""

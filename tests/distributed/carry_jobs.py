@@ -1,0 +1,264 @@
+"""Votes with carries on real ranks, each held to a transcription that knows nothing of buckets, planes or payloads."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distsign import RMSConfidence, SignAdamPP, SignVoteState
+from distsign.layout import Shape, shards
+from distsign.traffic import step_bytes
+
+
+from .hook_jobs import Case, Net, Oracle, batch, build, digest
+
+CARRY = Case(confidence=RMSConfidence(k=3.0, start=1.5, warmup_steps=5), num_steps=8)
+
+
+def plane_order(length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the element of each bit of a piece's plane, in order (`kernels`, vertical planes)."""
+    full = length // 512 * 512
+    block = np.arange(512).reshape(32, 16).T.reshape(-1)
+    return np.concatenate([(np.arange(0, full, 512)[:, None] + block).reshape(-1), np.arange(full, length)])
+
+
+def keep_some(votes: Tensor, cap: int, turn: int) -> Tensor:
+    """Return the votes of one piece that fit, in the order of its plane from a rotating start."""
+    order = plane_order(votes.numel())
+    first = 8 * ((turn * 2654435769) % 2**32 * ((votes.numel() + 7) // 8) >> 32)
+    order = np.concatenate([order[first:], order[:first]])
+    chosen = order[votes.numpy()[order] != 0][:cap]
+    kept = torch.zeros_like(votes)
+    kept[chosen] = votes[chosen]
+    return kept
+
+
+@dataclass
+class Kept:
+    """What one worker and one owner remember of a parameter."""
+
+    carry: Tensor
+    square: Tensor
+    undecided: Tensor
+    standing: Tensor  # [world_size, n]
+    steps: int = 0
+
+
+@dataclass
+class CarryOracle:
+    """One worker's ballots and all owners' verdicts, a parameter at a time."""
+
+    case: Case
+    net: Net
+    rank: int
+    world_size: int
+    kept: dict[str, Kept] = field(default_factory=dict)
+
+    def step(self, gradients: dict[str, Tensor], state: SignVoteState, turn: int) -> dict[str, Tensor]:
+        """Return the verdicts of one step; the state tells by which factors and density it voted."""
+        pipeline = state._pipeline
+        self.next: dict[str, Kept] = {}
+        found = {}
+        self.num_ballots = 0
+        for name, p in self.net.named_parameters():
+            row = pipeline._registry.row(p)
+            assert row is not None
+            n = p.numel()
+            old = self.kept.get(name) or Kept(
+                torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.int32), torch.zeros(self.world_size, n)
+            )
+            factor = float(pipeline.steering._used[row])
+            ballots, new = self.vote(gradients[name].reshape(-1).float(), old, factor)
+            pieces = shards(Shape(row, n), self.world_size)
+            if pipeline._density is not None:
+                caps = [min(b - a, max(1, math.floor(pipeline._density * (b - a)))) for _, a, b in pieces]
+                fits = [keep_some(ballots[a:b], c, turn + 7 * row) for (_, a, b), c in zip(pieces, caps, strict=True)]
+                fit = torch.cat([*fits, torch.zeros(0)])
+                new.carry = torch.where((ballots != 0) & (fit != 0), 0.0, new.carry)
+                ballots = fit
+            self.num_ballots += int(ballots.count_nonzero())
+            everyone = [torch.empty_like(ballots) for _ in range(self.world_size)]
+            dist.all_gather(everyone, ballots)
+            verdict = self.decide(torch.stack(everyone), new)
+            if pipeline._density is not None and self.case.options.get("owner_carry"):
+                parts = [keep_some(verdict[a:b], c, turn + 7 * row) for (_, a, b), c in zip(pieces, caps, strict=True)]
+                verdict = torch.cat([*parts, torch.zeros(0)])
+            self.settle(verdict, new)
+            found[name] = verdict.reshape(p.shape)
+            self.next[name] = new
+        return found
+
+    def vote(self, g: Tensor, old: Kept, factor: float) -> tuple[Tensor, Kept]:
+        """Return one worker's wanted ballots, and what it remembers if all of them are sent."""
+        new = replace(old)
+        if not g.any():
+            return torch.zeros_like(g), new
+        confidence = self.case.confidence
+        if isinstance(confidence, RMSConfidence):
+            new.steps = old.steps + 1
+            decay = np.float32(confidence.decay)
+            v = decay * old.square.numpy() + np.float32(1.0 - confidence.decay) * (g.numpy() * g.numpy())
+            correction = np.float32(math.sqrt(1.0 - confidence.decay**new.steps))
+            with np.errstate(all="ignore"):
+                added = (g.numpy() * correction) / np.sqrt(v)
+            u = torch.from_numpy(np.where(v > np.float32(1e-30), old.carry.numpy() + added, old.carry.numpy()))
+            new.square = torch.from_numpy(v)
+            alpha = confidence.k * factor
+        else:
+            u = old.carry + g
+            alpha = confidence.alpha * factor  # type: ignore[attr-defined]
+        ballots = torch.where(u.abs() > np.float32(alpha), u.sign(), 0.0)
+        kept = u if self.capped else torch.where(ballots != 0, 0.0, u)
+        new.carry = kept.to(self.case.options.get("carry_dtype", torch.float32)).float()
+        return ballots, new
+
+    @property
+    def capped(self) -> bool:
+        return self.case.options.get("wire") != "planes"
+
+    def decide(self, ballots: Tensor, new: Kept) -> Tensor:
+        """Return the verdicts that reach the margin, wanted or not."""
+        margin = self.case.options.get("margin", 1)
+        kind = self.case.options.get("owner_carry")
+        if kind == "standing":
+            new.standing = (new.standing + ballots).clamp(-1, 1)
+            tally = new.standing.sum(0)
+        elif kind:
+            new.undecided = new.undecided + ballots.sum(0).to(torch.int32)
+            tally = new.undecided.float()
+        else:
+            tally = ballots.sum(0)
+        return torch.where(tally.abs() >= margin, tally.sign(), 0.0)
+
+    def settle(self, verdict: Tensor, new: Kept) -> None:
+        """Take from what is kept what a verdict has used."""
+        new.undecided = new.undecided - self.case.options.get("margin", 1) * verdict.to(torch.int32)
+        new.standing = torch.where(verdict != 0, 0.0, new.standing)
+
+    def commit(self) -> None:
+        """The step was clean."""
+        self.kept = self.next
+
+
+def options_of(case: Case) -> Case:
+    """Return the case as `build` takes it."""
+    options = dict(case.options)
+    dtype = options.pop("carry_dtype", None)
+    return replace(case, options=options if dtype is None else {**options, "carry": dtype})
+
+
+def train_carry_against_oracle(rank: int, world_size: int, case: Case, bad_steps: tuple[int, ...] = ()) -> str:
+    """Hold every verdict, and in the end all that is kept, to the oracle; some steps are poisoned by the last rank."""
+    net, model, state = build(options_of(case))
+    oracle = CarryOracle(case, net, rank, world_size)
+    gradients_of = Oracle(case, net, None)
+    optimizer = SignAdamPP(net.named_parameters(), lr=1e-2, momentum=0.0, vote_state=state)
+    num_verdicts = num_waiting = 0
+    for step in range(case.num_steps):
+        forward = {"use_branch": step % 2 == 1 and rank == 0} if case.branch else {}
+        batches = [batch(rank, step, part, case.dtype) for part in range(case.num_accumulated)]
+        gradients = gradients_of.gradients(net, batches, **forward)
+        optimizer.zero_grad()
+        handle = None
+        if step in bad_steps and rank == world_size - 1:
+            handle = net.first.weight.register_hook(lambda g: g.index_fill(0, torch.tensor([599]), math.nan))
+        for part, x in enumerate(batches):
+            last = part == len(batches) - 1
+            with contextlib.nullcontext() if last else model.no_sync():
+                model(x, **forward).float().square().mean().backward()
+        if handle is not None:
+            handle.remove()
+        before = digest(net)
+        if step not in bad_steps:
+            verdicts = oracle.step(gradients, state, step + 1)
+            oracle.commit()
+            for name, p in net.named_parameters():
+                assert p.grad is not None or not verdicts[name].any()
+                if p.grad is not None:
+                    same = torch.equal(p.grad.to(torch.int8), verdicts[name].to(torch.int8))
+                    assert same, f"step {step}, {name}: {int(p.grad.count_nonzero())}, {verdicts[name].count_nonzero()}"
+                num_verdicts += int(verdicts[name].count_nonzero())
+        optimizer.step()
+        assert step not in bad_steps or digest(net) == before
+    assert num_verdicts > 0
+    saved = state.state_dict()
+    for name, p in net.named_parameters():
+        mine = saved["voter"][name]
+        assert torch.equal(mine["carry"].float(), oracle.kept[name].carry), name
+        num_waiting += int(mine["carry"].count_nonzero())
+        if isinstance(case.confidence, RMSConfidence):
+            assert torch.equal(mine["square"], oracle.kept[name].square), name
+            assert mine["stats"].tolist() == [oracle.kept[name].steps]
+        assert p.numel() == mine["carry"].numel()
+    for (name, start, length), undecided in saved["owner"].items():
+        if case.options.get("owner_carry") is True:
+            assert torch.equal(undecided.int(), oracle.kept[name].undecided[start : start + length]), name
+    assert num_waiting > 0, "a carry that is always empty tests nothing"
+    state.close()
+    return digest(net)
+
+
+def resume_with_carries(rank: int, world_size: int, case: Case) -> None:
+    """Twelve steps at once; and six, a checkpoint, a new process's worth of objects, and six."""
+
+    def train(built: tuple[Net, Any, SignVoteState], optimizer: SignAdamPP, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            built[1](batch(rank, step, 0, torch.float32)).square().mean().backward()
+            optimizer.step()
+
+    def optimizer_of(built: tuple[Net, Any, SignVoteState]) -> SignAdamPP:
+        return SignAdamPP(built[1].named_parameters(), lr=1e-2, momentum=0.0, vote_state=built[2])
+
+    unbroken, broken, resumed = (build(options_of(case)) for _ in range(3))
+    train(unbroken, optimizer_of(unbroken), range(12))
+    optimizer = optimizer_of(broken)
+    train(broken, optimizer, range(6))
+    saved = {"net": broken[0].state_dict(), "optimizer": optimizer.state_dict(), "vote": broken[2].state_dict()}
+    optimizer = optimizer_of(resumed)
+    resumed[0].load_state_dict(saved["net"])
+    optimizer.load_state_dict(saved["optimizer"])
+    resumed[2].load_state_dict(saved["vote"])
+    train(resumed, optimizer, range(6, 12))
+    assert digest(unbroken[0]) == digest(resumed[0])
+    whole, parts = unbroken[2].state_dict(), resumed[2].state_dict()
+    for kind in ("voter", "owner"):
+        assert whole[kind].keys() == parts[kind].keys()
+        flat = [(a, b) for key in whole[kind] for a, b in _pairs(whole[kind][key], parts[kind][key])]
+        assert flat and all(torch.equal(a, b) for a, b in flat), kind
+    assert whole["steering"] == parts["steering"] and whole["ladder"] == parts["ladder"]
+    for built in (unbroken, broken, resumed):
+        built[2].close()
+
+
+def _pairs(a: Any, b: Any) -> list[tuple[Tensor, Tensor]]:
+    return [(a[key], b[key]) for key in a] if isinstance(a, dict) else [(a, b)]
+
+
+def count_budget(rank: int, world_size: int, bits_per_param: float) -> tuple[int, int]:
+    """Each step's bytes are those of the formula, the same in every step, and within the budget."""
+    net, model, state = build(Case(CARRY.confidence, {"bits_per_param": bits_per_param}))
+    optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, momentum=0.0, vote_state=state)
+    num_elements = sum(p.numel() for p in net.parameters())
+    seen = set()
+    for step in range(6):
+        before = state.traffic()
+        optimizer.zero_grad()
+        model(batch(rank, step, 0, torch.float32)).square().mean().backward()
+        optimizer.step()
+        after = state.traffic()
+        seen.add((after.sent_bytes - before.sent_bytes, after.received_bytes - before.received_bytes))
+    assert len(seen) == 1, seen
+    sent, received = seen.pop()
+    order = [[Shape(row, p.numel()) for row, p in enumerate(net.parameters())]]
+    want = step_bytes(order, world_size, rank, density=state._pipeline._density)
+    assert (sent, received) == (want.sent_bytes, want.received_bytes)
+    state.close()
+    return sent, math.floor(bits_per_param * num_elements / 8)

@@ -1,0 +1,72 @@
+"""Carries, budgets and the sparse wire on real ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distsign import FixedConfidence
+
+from . import carry_jobs as jobs
+from .carry_jobs import CARRY
+from .hook_jobs import Case
+from .ranks import WORLD_SIZES, RankPool
+
+Pools = Callable[[int], RankPool]
+
+CASES = {
+    "planes": replace(CARRY, options={"wire": "planes"}),
+    "planes, both carries": replace(CARRY, options={"wire": "planes", "owner_carry": True, "margin": 2}),
+    "planes, standing": replace(CARRY, options={"wire": "planes", "owner_carry": "standing", "margin": 2}),
+    "sizes by what was seen": replace(CARRY, options={}, num_steps=12),
+    "sizes by what was seen, both carries": replace(CARRY, options={"owner_carry": True}, num_steps=12),
+    "budget": replace(CARRY, options={"bits_per_param": 0.1, "owner_carry": True, "margin": 2}, num_steps=12),
+    "budget, sparse, standing": replace(
+        CARRY, options={"bits_per_param": 0.05, "owner_carry": "standing", "wire": "sparse", "margin": 2}
+    ),
+    "budget, all-gather": replace(
+        CARRY, options={"bits_per_param": 0.1, "owner_carry": True, "exchange": "all_gather"}
+    ),
+    "bf16": replace(CARRY, options={"bits_per_param": 0.1, "owner_carry": True, "carry_dtype": torch.bfloat16}),
+    "fixed confidence": Case(FixedConfidence(2e-3), {"wire": "planes", "carry": True}),
+    "no_sync": replace(CARRY, options={"bits_per_param": 0.1, "owner_carry": True}, num_accumulated=3),
+    "unused parameters": replace(
+        CARRY,
+        options={"bits_per_param": 0.1, "owner_carry": True},
+        ddp={"bucket_cap_mb": 0.2, "find_unused_parameters": True},
+        branch=True,
+    ),
+    "one bucket": replace(CARRY, options={"bits_per_param": 0.1, "owner_carry": True}, ddp={}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_verdicts_and_carries_equal_the_oracle(rank_pool: Pools, name: str) -> None:
+    assert len(set(rank_pool(3).run(jobs.train_carry_against_oracle, CASES[name]))) == 1
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_at_every_world_size(rank_pool: Pools, world_size: int) -> None:
+    case = replace(CARRY, options={"bits_per_param": 0.1, "owner_carry": True, "margin": min(2, world_size)})
+    assert len(set(rank_pool(world_size).run(jobs.train_carry_against_oracle, case))) == 1
+
+
+@pytest.mark.parametrize("name", ["planes, both carries", "planes, standing", "budget", "sizes by what was seen"])
+def test_a_poisoned_step_leaves_no_trace(rank_pool: Pools, name: str) -> None:
+    assert len(set(rank_pool(3).run(jobs.train_carry_against_oracle, CASES[name], (0, 2, 3)))) == 1
+
+
+@pytest.mark.parametrize("name", ["planes, both carries", "budget", "budget, sparse, standing", "bf16"])
+def test_a_resumed_run_repeats_an_unbroken_one(rank_pool: Pools, name: str) -> None:
+    rank_pool(3).run(jobs.resume_with_carries, CASES[name])
+
+
+@pytest.mark.parametrize("bits_per_param", [0.05, 0.5])
+def test_a_budget_is_kept_and_filled(rank_pool: Pools, bits_per_param: float) -> None:
+    results = rank_pool(3).run(jobs.count_budget, bits_per_param)
+    # Each rank sends the payloads of ballots but its own, and its own verdicts twice: in all 2 (W - 1) times both.
+    payload_bytes = sum(sent for sent, _ in results) / (2 * 2)
+    assert 0.95 * results[0][1] < payload_bytes <= results[0][1]
