@@ -1,7 +1,7 @@
 """The hot loops, behind one interface; all backends agree bit for bit.
 
 A backend is a module with the functions of `Kernels`: `reference` is plain torch, slow, and runs on any device; `cpu`
-is Numba. `kernels_for` picks the fast one for a device.
+is Numba, `cuda` Triton. `kernels_for` picks the fast one for a device.
 
 A bucket is one flat gradient that holds several parameter tensors, and each parameter is cut into shards with different
 owners; `Spans` lists such pieces of a flat tensor.
@@ -232,11 +232,21 @@ def _load(device_type: str) -> Kernels:
         from distsign.kernels import cpu  # noqa: PLC0415  (Numba takes a second to import)
 
         return cast("Kernels", cpu)
+    why = "has no fused kernels for it"
+    if device_type == "cuda":
+        try:
+            from distsign.kernels import cuda  # noqa: PLC0415  (optional, and takes seconds to import)
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            why = "needs the package triton for its kernels there, which is not installed (pip install triton)"
+        else:
+            return cast("Kernels", cuda)
     _log.warning(
-        "distsign has no fused kernels for device type %r yet and uses its plain torch reference there: packing takes "
-        "tens of passes over each gradient instead of one. Compare the step time with the no-op hook's before you rely "
-        "on it.",
+        "device type %r: distsign %s and uses its plain torch reference: packing takes tens of passes over each "
+        "gradient instead of one. Compare the step time with the no-op hook's before you rely on it.",
         device_type,
+        why,
     )
     return cast("Kernels", reference)
 
