@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from distsign.kernels.jit import _compiled, _inline, _jit
+from distsign.kernels.jit_bits import copy_bytes
 from distsign.kernels.spans import BLOCK, LANES
 
 __all__ = ["count_ballots", "count_onto", "count_standing"]
@@ -87,15 +88,15 @@ def count_ballots(payloads, body_at, num_bytes, margin, num_places, out):
         size = min(_CHUNK, num_bytes - chunk)
         places[:] = 0
         for w in range(payloads.shape[0]):
-            low_bytes[:size] = payloads[w, body_at + chunk : body_at + chunk + size]
-            high_bytes[:size] = payloads[w, body_at + num_bytes + chunk : body_at + num_bytes + chunk + size]
+            copy_bytes(low_bytes, 0, payloads[w], body_at + chunk, size)
+            copy_bytes(high_bytes, 0, payloads[w], body_at + num_bytes + chunk, size)
             for i in range(_WORDS):
                 high[i] = low[i] & ~high[i]
                 low[i] = ~low[i]
             _add_two_bits(places, high, low, num_places)
         _decide(places, payloads.shape[0], margin, num_places, mask, negative)
-        out[chunk : chunk + size] = mask_bytes[:size]
-        out[num_bytes + chunk : num_bytes + chunk + size] = negative_bytes[:size]
+        copy_bytes(out, chunk, mask_bytes, 0, size)
+        copy_bytes(out, num_bytes + chunk, negative_bytes, 0, size)
 
 
 # ---------------------------------------------------------------------------------------------------- standing ballots
@@ -116,8 +117,8 @@ def count_standing(payloads, body_at, num_bytes, margin, num_places, old, new, o
         for w in range(payloads.shape[0]):
             for plane in range(2):
                 at = plane * num_bytes + chunk
-                ballot_bytes[plane, :size] = payloads[w, body_at + at : body_at + at + size]
-                standing_bytes[plane, :size] = old[w, at : at + size]
+                copy_bytes(ballot_bytes[plane], 0, payloads[w], body_at + at, size)
+                copy_bytes(standing_bytes[plane], 0, old[w], at, size)
             for i in range(_WORDS):
                 came, stood = ballots[0, i], standing[0, i]
                 came_negative, stood_negative = came & ballots[1, i], stood & standing[1, i]
@@ -129,11 +130,11 @@ def count_standing(payloads, body_at, num_bytes, margin, num_places, old, new, o
                 low[i] = ~stands
             for plane in range(2):
                 at = plane * num_bytes + chunk
-                new[w, at : at + size] = standing_bytes[plane, :size]
+                copy_bytes(new[w], at, standing_bytes[plane], 0, size)
             _add_two_bits(places, high, low, num_places)
         _decide(places, payloads.shape[0], margin, num_places, mask, negative)
-        out[chunk : chunk + size] = mask_bytes[:size]
-        out[num_bytes + chunk : num_bytes + chunk + size] = negative_bytes[:size]
+        copy_bytes(out, chunk, mask_bytes, 0, size)
+        copy_bytes(out, num_bytes + chunk, negative_bytes, 0, size)
 
 
 # ----------------------------------------------------------------------------------------------------- undecided votes
@@ -268,8 +269,8 @@ def count_onto(payloads, body_at, length, mask_at, sign_at, home, margin, num_pl
             base, end = home[k] + 8 * chunk, home[k] + min(length[k], 8 * (chunk + _CHUNK))
             places[:] = 0
             for w in range(payloads.shape[0]):
-                low_bytes[:size] = payloads[w, body_at + m_at : body_at + m_at + size]
-                high_bytes[:size] = payloads[w, body_at + s_at : body_at + s_at + size]
+                copy_bytes(low_bytes, 0, payloads[w], body_at + m_at, size)
+                copy_bytes(high_bytes, 0, payloads[w], body_at + s_at, size)
                 for i in range(_WORDS):
                     high[i] = low[i] & ~high[i]
                     low[i] = ~low[i]
@@ -289,8 +290,8 @@ def count_onto(payloads, body_at, length, mask_at, sign_at, home, margin, num_pl
                     pairs[2 * j + 1] = halves[LANES + j]
                     pairs[2 * LANES + 2 * j] = halves[2 * LANES + j]
                     pairs[2 * LANES + 2 * j + 1] = halves[3 * LANES + j]
-                out[m_at : m_at + _BLOCK_BYTES] = pair_bytes[:_BLOCK_BYTES]
-                out[s_at : s_at + _BLOCK_BYTES] = pair_bytes[_BLOCK_BYTES:]
+                copy_bytes(out, m_at, pair_bytes, 0, _BLOCK_BYTES)
+                copy_bytes(out, s_at, pair_bytes, _BLOCK_BYTES, _BLOCK_BYTES)
                 base += BLOCK
                 m_at += _BLOCK_BYTES
                 s_at += _BLOCK_BYTES

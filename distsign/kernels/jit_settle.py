@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from distsign.kernels.jit import _compiled, _jit
-from distsign.kernels.jit_bits import count_ones, trailing_zeros
+from distsign.kernels.jit_bits import copy_bytes, count_ones, trailing_zeros
 from distsign.kernels.spans import BLOCK
 
 __all__ = ["settle_standing", "settle_votes"]
@@ -23,7 +23,7 @@ def _load(planes, at, size, words):
     """Copy at most `_CHUNK` bytes into words, filled up with zeros."""
     as_bytes = words.view(np.uint8)
     as_bytes[size:] = 0
-    as_bytes[:size] = planes[at : at + size]
+    copy_bytes(as_bytes, 0, planes, at, size)
 
 
 @_jit
@@ -34,6 +34,12 @@ def _count_votes(planes, at, num_bytes, words):
         for w in range(_WORDS):
             count += count_ones(words[w])
     return np.int64(count)
+
+
+@_jit
+def _wipe_out(plane, settled):
+    for b in range(settled.size):
+        plane[b] &= ~settled[b]
 
 
 @_jit
@@ -51,10 +57,9 @@ def _keep_first(planes, mask_at, sign_at, num_bytes, left, words):
                 for _ in range(left):
                     words[w] &= words[w] - _1
                 left = 0
-        dropped = words.view(np.uint8)
-        for b in range(size):
-            planes[mask_at + chunk + b] &= ~dropped[b]
-            planes[sign_at + chunk + b] &= ~dropped[b]
+        dropped = words.view(np.uint8)[:size]
+        _wipe_out(planes[mask_at + chunk : mask_at + chunk + size], dropped)
+        _wipe_out(planes[sign_at + chunk : sign_at + chunk + size], dropped)
     return left
 
 
@@ -101,12 +106,6 @@ def settle_votes(planes, length, mask_at, sign_at, home, caps, starts, margin, u
             _load(planes, mask_at[k] + chunk, size, mask)
             _load(planes, sign_at[k] + chunk, size, sign)
             _take_off(mask, sign, 8 * chunk, length[k] // BLOCK * BLOCK, margin, undecided, home[k])
-
-
-@_jit
-def _wipe_out(ballots, verdicts):
-    for b in range(verdicts.size):
-        ballots[b] &= ~verdicts[b]
 
 
 @_compiled("(uint8[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], uint8[:, ::1], int64[::1])")

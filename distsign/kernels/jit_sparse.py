@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from distsign.kernels.jit import _compiled, _jit
-from distsign.kernels.jit_bits import trailing_zeros
+from distsign.kernels.jit_bits import copy_bytes, trailing_zeros
 
 __all__ = ["decode_votes", "encode_votes"]
 
@@ -36,8 +36,8 @@ def encode_votes(planes, num_bytes, num_slots, low_bits, num_high_bits, out):
     for chunk in range(0, num_bytes, _CHUNK):
         size = min(_CHUNK, num_bytes - chunk)
         mask_bytes[size:] = 0
-        mask_bytes[:size] = planes[chunk : chunk + size]
-        sign_bytes[:size] = planes[num_bytes + chunk : num_bytes + chunk + size]
+        copy_bytes(mask_bytes, 0, planes, chunk, size)
+        copy_bytes(sign_bytes, 0, planes, num_bytes + chunk, size)
         for w in range(_WORDS):
             left = mask[w]
             first = np.uint64(8 * (chunk + 8 * w))
@@ -54,7 +54,7 @@ def encode_votes(planes, num_bytes, num_slots, low_bits, num_high_bits, out):
                 words[(field_at >> _6) + _1] |= (field >> _1) >> (_63 - (field_at & _63))
                 field_at += low_bits + _1
                 vote += _1
-    out[:] = words.view(np.uint8)[: out.size]
+    copy_bytes(out, 0, words.view(np.uint8), 0, out.size)
     return True
 
 
@@ -75,7 +75,7 @@ def decode_votes(body, num_slots, low_bits, num_high_bits, num_bytes, out):
     read, and one beyond the last position before it is written.
     """
     words = np.zeros(body.size // 8 + 2, np.uint64)
-    words.view(np.uint8)[: body.size] = body
+    copy_bytes(words.view(np.uint8), 0, body, 0, body.size)
     out[:] = 0
     end = np.uint64(8 * num_bytes)
     sign_at = np.uint64(num_bytes)
