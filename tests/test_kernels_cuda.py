@@ -1,6 +1,7 @@
 """Runs `kernels_cuda_cases` in Triton's interpreter, and on a device where there is one.
 
-Each in a process of its own, because Triton decides once, when it is imported, and no other test may get its interpreter.
+Each in a process of its own, because Triton decides once, when it is imported, and no other test may get its
+interpreter.
 """
 
 from __future__ import annotations

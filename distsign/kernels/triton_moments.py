@@ -43,17 +43,17 @@ def fold_kernel(terms, squares, table, sums, square_sums, FIRST: tl.constexpr):
     element = lane // NUM_LANES * ELEMENTS + lane % NUM_LANES
     total = tl.zeros((SUM_LANES,), tl.float64)
     total2 = tl.zeros((SUM_LANES,), tl.float64)
-    for _ in range(32):
-        there = element < length
+    for bit in tl.static_range(32):  # unrolled, so that many reads are in flight
+        at = element + bit * NUM_LANES
+        there = at < length
         if FIRST:
-            x = tl.load(terms + start + element, mask=there, other=0.0).to(tl.float64)
+            x = tl.load(terms + start + at, mask=there, other=0.0).to(tl.float64)
             x2 = x * x
         else:
-            x = tl.load(terms + start + element, mask=there, other=0.0)
-            x2 = tl.load(squares + start + element, mask=there, other=0.0)
+            x = tl.load(terms + start + at, mask=there, other=0.0)
+            x2 = tl.load(squares + start + at, mask=there, other=0.0)
         total += x
         total2 += x2
-        element += NUM_LANES
     block = tl.arange(0, NUM_BLOCKS)
     place = chunk_field(table, HOME) // ELEMENTS + block
     wanted = block * ELEMENTS < length

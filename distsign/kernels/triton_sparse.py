@@ -1,7 +1,7 @@
 """The compiled bodies of the sparse codec on CUDA; `wire.sparse` has the format.
 
 The bits of a body, or of planes, are ORed into 32-bit words that began as zeros: every bit is set once, so that no
-order matters. A program takes 512 bytes of what is read; `sums` are running sums of the ones in such pieces, each one's
+order matters. A program takes 128 bytes of what is read; `sums` are running sums of the ones in such pieces, each one's
 own included, so that a program knows the number of its first vote.
 """
 
@@ -14,7 +14,7 @@ from distsign.kernels.triton_bits import popcount
 
 __all__ = ["PIECE_BYTES", "decode_kernel", "encode_kernel", "ones_kernel", "padding_kernel"]
 
-PIECE_BYTES = 512
+PIECE_BYTES = 128
 BYTES = tl.constexpr(PIECE_BYTES)
 
 

@@ -182,10 +182,13 @@ def _to_bfloat16(x):
 @triton.jit
 def _carried(
     grad, unscale, carry, square, v_out, r_out, element, there, active,
-    threshold, correction, keep, add, largest, bit,
+    threshold, correction, keep, add, bit,
     SQUARE: tl.constexpr, CLEAR: tl.constexpr, HALF_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Read a tile of gradient and memory, write the new memory; return mask and sign bits, ORed over the first axis."""
+    """Read a tile of gradient and memory and write the new memory.
+
+    Return, along the first axis, mask and sign bits, ORed, and the largest magnitude of the gradient.
+    """
     raw = tl.load(grad + element, mask=there, other=0.0)
     old = tl.load(carry + element, mask=there, other=0)
     if SQUARE:
@@ -214,7 +217,7 @@ def _carried(
     mask = tl.sum(ones << bit, axis=0)
     sign = tl.sum((_bits(u) >> 31) << bit, axis=0) & mask
     magnitude = (_bits(raw) & MAGNITUDE).to(tl.int32)
-    return mask, sign, tl.maximum(largest, tl.max(tl.max(magnitude, axis=0), axis=0))
+    return mask, sign, tl.max(magnitude, axis=0)
 
 
 @triton.jit
@@ -230,11 +233,10 @@ def carry_kernel(
     length = chunk_field(table, LENGTH).to(tl.int32)
     row = chunk_field(table, ROW)
     start = chunk_field(table, START)
-    home = chunk_field(table, HOME)
     mask_plane = out + chunk_field(table, MASK_AT)
     sign_plane = out + chunk_field(table, SIGN_AT)
-    old_half = tl.load(live) * half
-    new_half = (1 - tl.load(live)) * half
+    old_at = tl.load(live) * half + chunk_field(table, HOME)
+    new_at = (1 - tl.load(live)) * half + chunk_field(table, HOME)
     votes_here = tl.load(active + row) != 0
     threshold = tl.load(thresholds + row)
     to_units = tl.load(unscale)
@@ -244,41 +246,45 @@ def carry_kernel(
     num_full = length // BLOCK_ELEMENTS
     num_votes = tl.zeros((), tl.int32)
     largest = tl.zeros((), tl.int32)
-    r_in = carry + old_half + home
-    r_out = carry + new_half + home
-    v_in = square + old_half + home
-    v_out = square + new_half + home
+    r_in = carry + old_at
+    r_out = carry + new_at
+    v_in = square + old_at
+    v_out = square + new_at
     if num_full > 0:
         word = tl.arange(0, WORDS)
         there = word < num_full * WORDS_PER_BLOCK
         mask = tl.zeros((WORDS,), tl.uint32)
         sign = tl.zeros((WORDS,), tl.uint32)
+        magnitude = tl.zeros((WORDS,), tl.int32)
         for first in tl.static_range(0, 32, ROWS_AT_A_TIME):
             bit = first + tl.arange(0, ROWS_AT_A_TIME)
-            m, s, largest = _carried(
+            m, s, magnitudes = _carried(
                 grad + start, to_units, r_in, v_in, v_out, r_out, element_of_word(word[None, :], bit[:, None]),
-                there[None, :], votes_here, threshold, correction, keep, add, largest, bit.to(tl.uint32)[:, None],
+                there[None, :], votes_here, threshold, correction, keep, add, bit.to(tl.uint32)[:, None],
                 SQUARE, CLEAR, HALF_PRECISION,
             )  # fmt: skip
             mask |= m
             sign |= s
+            magnitude = tl.maximum(magnitude, magnitudes)
         store_word(mask_plane, word, mask, there)
         store_word(sign_plane, word, sign, there)
         num_votes += tl.sum(popcount(mask), axis=0)
+        largest = tl.maximum(largest, tl.max(magnitude, axis=0))
     done = num_full * BLOCK_ELEMENTS
     if length > done:
         byte = tl.arange(0, TAIL_BYTES)
         bit8 = tl.arange(0, 8)
         element8 = done + 8 * byte[None, :] + bit8[:, None]
-        m8, s8, largest = _carried(
+        m8, s8, magnitude8 = _carried(
             grad + start, to_units, r_in, v_in, v_out, r_out, element8, element8 < length, votes_here, threshold,
-            correction, keep, add, largest, bit8.to(tl.uint32)[:, None],
+            correction, keep, add, bit8.to(tl.uint32)[:, None],
             SQUARE, CLEAR, HALF_PRECISION,
         )  # fmt: skip
         inside = done + 8 * byte < length
         tl.store(mask_plane + done // 8 + byte, m8.to(tl.uint8), mask=inside)
         tl.store(sign_plane + done // 8 + byte, s8.to(tl.uint8), mask=inside)
         num_votes += tl.sum(popcount(m8), axis=0)
+        largest = tl.maximum(largest, tl.max(magnitude8, axis=0))
     tl.atomic_add(counts + row, num_votes.to(tl.int64), sem="relaxed")
     if largest >= INFINITY:
         tl.store(finite, 0)
