@@ -22,7 +22,7 @@ def save(path: str, shared: dict[str, Any], own: dict[str, Any], ranks: Ranks) -
     All ranks must call it.
 
     Args:
-        path: the file; its folder is made where it is missing.
+        path: the file; its folder is made where it is missing, but none above it.
         shared: what is the same on all ranks; rank 0's is kept.
         own: what this rank keeps for itself, such as carries.
         ranks: this process's place.
@@ -32,7 +32,7 @@ def save(path: str, shared: dict[str, Any], own: dict[str, Any], ranks: Ranks) -
     if not ranks.is_first:
         return
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(exist_ok=True)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
@@ -76,25 +76,32 @@ def _read(path: str, trajectory: dict[str, Any], world_size: int) -> dict[str, A
         return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the damaged bytes lead to
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return f"--checkpoint {path} cannot be read ({first_line}): it is damaged; remove it or take another"
+    except OSError as error:
+        return f"--checkpoint {path} cannot be read: {error.strerror}; make it readable, or take another"
+    except Exception:  # noqa: BLE001  (torch raises whatever the damaged bytes lead to, in words that help nobody)
+        return (
+            f"--checkpoint {path} is damaged: its {Path(path).stat().st_size:,} bytes are no whole checkpoint. Put a "
+            "copy in its place, or remove it and leave out --resume to start anew"
+        )
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return f"--checkpoint {path} is no checkpoint of format {FORMAT}: remove it or take another"
+    misfit = _misfit(content, trajectory, world_size)
+    return content if misfit is None else f"--checkpoint {path} {misfit}"
+
+
+def _misfit(content: dict[str, Any], trajectory: dict[str, Any], world_size: int) -> str | None:
+    """Return why a run cannot go on from a checkpoint, None where it can."""
     kept = content["shared"]["options"]
     differing = [name for name in trajectory if kept.get(name) != trajectory[name]]
     if differing:
         name = differing[0]
         return (
-            f"--checkpoint {path} belongs to another run: --{name.replace('_', '-')} was {kept.get(name)}, "
+            f"belongs to another run: --{name.replace('_', '-')} was {kept.get(name)}, "
             f"is {trajectory[name]}; give the same options, or another --checkpoint"
         )
     if len(content["ranks"]) != world_size:
-        return (
-            f"--checkpoint {path} was written by {len(content['ranks'])} ranks, now there are {world_size}: "
-            "start as many"
-        )
-    return content
+        return f"was written by {len(content['ranks'])} ranks, now there are {world_size}: start as many"
+    return None
 
 
 def _sync_folder(folder: Path) -> None:

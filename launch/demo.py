@@ -9,16 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NoReturn
 
 from launch.data import DIGITS, DataError
 from launch.fetch import fetch_fashion_mnist
 from launch.metrics import read_lines
+from launch.options import UsageError, parse_options
 
 TASK = "fashion-mnist-lenet"
 
@@ -50,39 +53,62 @@ class RunError(RuntimeError):
         self.code = code if code > 0 else 1
 
 
+TABLE, PICTURE = "demo.json", "demo.png"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the demo; does not return where something fails."""
     options = _parse(argv)
+    # As Ctrl-C does, it must end the ranks and leave no half of a result.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        folder = fetch_fashion_mnist(options.data, say=lambda text: print(f"demo: {text}", flush=True))
-    except DataError as error:
+        for scheme in SCHEMES:
+            parse_options(_arguments(scheme, options)).check_ranks(options.ranks)
+        _demonstrate(options)
+    except (UsageError, DataError) as error:
         _fail(str(error), 2)
+    except RunError as error:
+        _fail(str(error), error.code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _demonstrate(options: argparse.Namespace) -> None:
+    folder = fetch_fashion_mnist(options.data, say=lambda text: print(f"demo: {text}", flush=True))
     data = DIGITS if folder is None else str(folder)
     words = "scikit-learn's digits in place of Fashion-MNIST" if folder is None else f"the files in {folder}"
     print(f"data: {words}", flush=True)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        runs = {scheme: _run(scheme, options, data, out / f"{scheme.name}.jsonl") for scheme in SCHEMES}
-    except RunError as error:
-        _fail(str(error), error.code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    rows = [summarize(scheme.title, lines) for scheme, lines in runs.items()]
-    start = next(iter(runs.values()))[0]
-    head = (
-        f"LeNet, {start['num_parameters']:,} parameters, {start['world_size']} ranks on {start['device']}, "
-        f"{start['num_steps']} steps of {options.batch_size} images a rank, seed {options.seed}"
-    )
-    print(f"\n{head}\ndata: {start['data']}\n\n{format_table(rows)}\n")
-    result = {"title": head, **{key: start[key] for key in ("data", "machine", "python", "torch")}, "schemes": rows}
-    json_path, picture_path = out / "demo.json", out / "demo.png"
-    json_path.write_text(json.dumps(result, indent=2) + "\n")
+    # Earlier results stay until there are new ones of both runs: what lies together must belong together.
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as unfinished:
+        results = [f"{scheme.name}.jsonl" for scheme in SCHEMES] + [TABLE, PICTURE]
+        runs = {scheme: _run(scheme, options, data, Path(unfinished) / f"{scheme.name}.jsonl") for scheme in SCHEMES}
+        _report(options, runs, Path(unfinished))
+        for name in results:
+            (out / name).unlink(missing_ok=True)
+        for name in results:
+            (Path(unfinished) / name).replace(out / name)
+    print(f"table:   {out / TABLE}\npicture: {out / PICTURE}")
+
+
+def _report(options: argparse.Namespace, runs: dict[Scheme, list[dict[str, Any]]], out: Path) -> None:
+    """Print the table, and write it and the picture."""
     from launch.picture import draw_accuracy_against_bytes
 
+    rows = [summarize(scheme.title, lines) for scheme, lines in runs.items()]
+    start, end = next((lines[0], lines[-1]) for lines in runs.values())
+    device = "CPU" if start["device"] == "cpu" else "GPU"
+    head = (
+        f"LeNet, {start['num_parameters']:,} parameters, {start['world_size']} ranks on {device}, "
+        f"{start['num_steps']:,} steps of {options.batch_size:,} images a rank, seed {options.seed}"
+    )
+    print(f"\n{head}\ndata: {start['data']}\n\n{format_table(rows)}\n")
+    facts = {key: start[key] for key in ("data", "machine", "python", "torch")}
+    result = {"title": head, **facts, "traffic_of": end["traffic_of"], "schemes": rows}
+    (out / TABLE).write_text(json.dumps(result, indent=2) + "\n")
     curves = {scheme.title: [line for line in lines if line["event"] == "test"] for scheme, lines in runs.items()}
-    draw_accuracy_against_bytes(curves, f"{start['data'].split(' (')[0]}, {head}", picture_path)
-    print(f"table:   {json_path}\npicture: {picture_path}")
+    draw_accuracy_against_bytes(curves, f"{start['data'].split(' (')[0]}, {head}", out / PICTURE)
 
 
 def summarize(title: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -93,26 +119,22 @@ def summarize(title: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
         lines: those of its metrics file.
 
     Returns:
-        Bytes are those of the whole run and the mean over the ranks, as are the densities; `fp32_ratio` and
+        Bytes and densities are those of the whole run and the mean over the ranks, as in the picture; `fp32_ratio` and
         `bf16_ratio` say how many times fewer bytes went over the link than in a ring all-reduce.
     """
-    end, ranks = lines[-1], lines[-1]["ranks"]
-    sent, received = (fmean(rank[key] for rank in ranks) for key in ("sent_bytes", "received_bytes"))
-    densities = {
-        key: None if ranks[0][key] is None else fmean(rank[key] for rank in ranks)
-        for key in ("ballot_density", "verdict_density")
-    }
+    end = lines[-1]
+    num_bytes = end["sent_bytes"] + end["received_bytes"]
     return {
         "scheme": title,
         "test_accuracy": end["test_accuracy"],
-        "sent_bytes": sent,
-        "received_bytes": received,
+        "sent_bytes": end["sent_bytes"],
+        "received_bytes": end["received_bytes"],
         "bytes_are": end["kind"],
-        "fp32_ratio": end["fp32_bytes"] / (sent + received) if sent else None,
-        "bf16_ratio": end["bf16_bytes"] / (sent + received) if sent else None,
-        **densities,
+        "fp32_ratio": end["fp32_bytes"] / num_bytes if num_bytes else None,
+        "bf16_ratio": end["bf16_bytes"] / num_bytes if num_bytes else None,
+        "ballot_density": end["ballot_density"],
+        "verdict_density": end["verdict_density"],
         "median_step_s": end["median_step_s"],
-        "data": lines[0]["data"],
     }
 
 
@@ -128,17 +150,16 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     def times(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f} x"
 
-    measures = (
+    measures: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
         ("test accuracy", lambda row: percent(row["test_accuracy"])),
-        ("bytes sent per rank", lambda row: megabytes(row["sent_bytes"])),
-        ("bytes received per rank", lambda row: megabytes(row["received_bytes"])),
-        ("bytes are", lambda row: "counted" if row["bytes_are"] == "counted" else "by formula"),
+        ("sent per rank (mean)", lambda row: megabytes(row["sent_bytes"])),
+        ("received per rank (mean)", lambda row: megabytes(row["received_bytes"])),
+        ("these bytes are", lambda row: "counted" if row["bytes_are"] == "counted" else "by formula"),
         ("fewer than fp32 all-reduce", lambda row: times(row["fp32_ratio"])),
         ("fewer than bf16 all-reduce", lambda row: times(row["bf16_ratio"])),
         ("ballots that are not 0", lambda row: percent(row["ballot_density"])),
         ("verdicts that are not 0", lambda row: percent(row["verdict_density"])),
         ("median step", lambda row: f"{1e3 * row['median_step_s']:.1f} ms" if row["median_step_s"] else "-"),
-        ("data", lambda row: row["data"].split(" (")[0]),
     )
     cells = [["", *(row["scheme"] for row in rows)]]
     cells += [[name, *(show(row) for row in rows)] for name, show in measures]
@@ -164,14 +185,19 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def _arguments(scheme: Scheme, options: argparse.Namespace) -> list[str]:
+    """Return the command line of `launch.train` for one scheme, but for its files."""
+    length = ["--epochs", str(options.epochs)] if options.steps is None else ["--steps", str(options.steps)]
+    # A quarter of an epoch at 4 ranks x 32 images: enough points for a curve, and the tests take a tenth of the time.
+    often = ["--eval-every", "117"]
+    batches = ["--batch-size", str(options.batch_size), "--seed", str(options.seed)]
+    return ["--task", TASK, *batches, *length, *often, *scheme.arguments]
+
+
 def _run(scheme: Scheme, options: argparse.Namespace, data: str, metrics: Path) -> list[dict[str, Any]]:
     """Let torchrun train one scheme; return its metrics."""
-    length = ["--epochs", str(options.epochs)] if options.steps is None else ["--steps", str(options.steps)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
-    command += ["-m", "launch.train", "--task", TASK, "--data", data, "--metrics", str(metrics)]
-    command += ["--batch-size", str(options.batch_size), "--seed", str(options.seed), *length]
-    # A quarter of an epoch at 4 ranks x 32 images: enough points for a curve, and the tests take a tenth of the time.
-    command += ["--eval-every", "117", *scheme.arguments]
+    command = [sys.executable, "-m", "launch.quiet_torchrun", "--standalone", "--nproc-per-node", str(options.ranks)]
+    command += ["-m", "launch.train", *_arguments(scheme, options), "--data", data, "--metrics", str(metrics)]
     print(f"\n{scheme.title}", flush=True)
     # torchrun warns at length where this is unset. One thread: each rank sets its own share of the cores.
     process = subprocess.Popen(command, env={"OMP_NUM_THREADS": "1", **os.environ})

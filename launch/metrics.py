@@ -18,7 +18,7 @@ class MetricsFile:
     the broken run wrote after its last checkpoint will be written again.
 
     Args:
-        path: the file; None to write nothing.
+        path: the file; None to write nothing. Its folder is made where it is missing, but none above it.
         first_step: the number of steps already done.
     """
 
@@ -26,7 +26,7 @@ class MetricsFile:
         self._path = None if path is None else Path(path)
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.parent.mkdir(exist_ok=True)
         kept = [line for line in read_lines(self._path) if line["event"] == "test" and line["step"] <= first_step]
         starts = [
             line for line in read_lines(self._path) if line["event"] == "start" and line["first_step"] < first_step

@@ -17,6 +17,7 @@ import math
 import os
 import statistics
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,18 +34,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from distsign.kernels import kernels_for
 from launch import checkpoint
 from launch.data import DataError
 from launch.fetch import fetch_fashion_mnist
 from launch.metrics import MetricsFile, describe_machine
-from launch.options import RESUME_IF_THERE, TrainOptions, UsageError, exit_with, parse_options
+from launch.options import RESUME_IF_THERE, TrainOptions, UsageError, as_typed, exit_with, parse_options
 from launch.runtime import Ranks, agree, choose_device, start
-from launch.schemes import HOOKS, Combiner, make_optimizer
+from launch.schemes import HOOKS, Combiner, Traffic, make_optimizer
 from launch.tasks import TASKS, Shard, Task
 
 DEFAULT_EPOCHS = 4.0
 NUM_UNTIMED_STEPS = 5
-"""The first steps of a process: DDP rebuilds its buckets, kernels are compiled, caches are cold."""
+"""The first steps of a process: DDP rebuilds its buckets, caches are cold."""
+NUM_SILENT_STEPS = 50
+"""After so many steps without a ballot it is said that nothing is learned; thresholds may start high."""
+TRAFFIC_OF = "mean over the ranks, from the first step on"
 
 
 @dataclass
@@ -92,11 +97,13 @@ class Trainer:
             self.combiner: Combiner = HOOKS[options.hook](self.model, options)
             self.optimizer: Optimizer = make_optimizer(self.model, options, self.combiner)
         except ValueError as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(as_typed(error)) from error
+        self._has_warned = False
         self.progress = Progress(0, torch.zeros((), dtype=torch.float64, device=device))
 
     def run(self) -> None:
         """Train to the last step, and write what was measured."""
+        self._compile_kernels()
         self._resume()
         metrics = MetricsFile(self.options.metrics if self.ranks.is_first else None, self.progress.step)
         metrics.write(self._first_line())
@@ -106,8 +113,12 @@ class Trainer:
             self._say(f"stopped after step {last_step} of {self.num_steps}: go on with --resume")
             return
         measured = measured or self._measure()
-        metrics.write({"event": "end", **measured, "ranks": self._traffic_of_ranks()})
+        metrics.write({"event": "end", **measured, "ranks": [asdict(traffic) for traffic in self._traffic_of_ranks()]})
         self._say(f"{self.task.metric} {measured[self.task.metric]:.4f} after {self.num_steps} steps")
+
+    def close(self) -> None:
+        """Give back what the hook holds of the process group, which can then be destroyed."""
+        self.combiner.close()
 
     def _train_until(self, last_step: int, metrics: MetricsFile) -> dict[str, Any]:
         """Train, test and save; return the last test's numbers, empty where there was none."""
@@ -126,6 +137,30 @@ class Trainer:
                 if options.checkpoint and (step == last_step or step % (options.checkpoint_every or last_step) == 0):
                     self._save()
         return measured
+
+    def _compile_kernels(self) -> None:
+        """Do at once what would else happen in the first step, where the bar would seem to hang."""
+        if self.options.confidence is None:
+            return
+        words = "compiling the kernels: once per machine, a minute or two"
+        notice = threading.Timer(2.0, self._note, [words])  # where they are compiled it takes less than that
+        notice.daemon = True
+        notice.start()
+        kernels_for(self.device)
+        notice.cancel()
+
+    def _warn_if_silent(self, traffic: Traffic) -> None:
+        step = self.progress.step
+        if traffic.ballot_density == 0 and not self._has_warned and step >= min(NUM_SILENT_STEPS, self.num_steps):
+            self._has_warned = True
+            self._note(
+                f"warning: no component has voted in {step} steps, so nothing is learned: "
+                f"lower the threshold of --confidence {self.options.confidence}"
+            )
+
+    def _note(self, text: str) -> None:
+        if self.ranks.is_first:
+            tqdm.write(f"launch.train: {text}", file=sys.stderr)
 
     def _bar(self) -> tqdm[NoReturn]:
         # A terminal gets a bar that moves, a log a line now and then.
@@ -178,7 +213,7 @@ class Trainer:
             group["lr"] = self.options.lr * factor
 
     def _measure(self) -> dict[str, Any]:
-        """Test the model on all ranks together; the same numbers on each, but for its own traffic and times."""
+        """Test the model on all ranks together; the same numbers on each, but for its own times."""
         progress = self.progress
         self.net.eval()
         tested = self.task.evaluate(self.net, self.ranks.rank, self.ranks.world_size, self.device)
@@ -189,18 +224,21 @@ class Trainer:
         progress.num_losses = 0
         metric_sum, metric_count, loss_sum, num_losses = totals.tolist()
         timed = progress.step_times_s[NUM_UNTIMED_STEPS:]
+        traffic = Traffic.mean(self._traffic_of_ranks())
+        self._warn_if_silent(traffic)
         return {
             "step": progress.step,
             "epoch": progress.step / self.steps_per_epoch,
             "train_loss": loss_sum / num_losses if num_losses else None,
             self.task.metric: metric_sum / metric_count,
-            **asdict(self.combiner.traffic(progress.step)),
+            **asdict(traffic),
+            "traffic_of": TRAFFIC_OF,
             "median_step_s": statistics.median(timed) if timed else None,
         }
 
-    def _traffic_of_ranks(self) -> list[dict[str, Any]]:
+    def _traffic_of_ranks(self) -> list[Traffic]:
         everyones: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(everyones, asdict(self.combiner.traffic(self.progress.step)))
+        dist.all_gather_object(everyones, self.combiner.traffic(self.progress.step))
         return everyones
 
     def _first_line(self) -> dict[str, Any]:
@@ -267,13 +305,18 @@ def main(argv: list[str] | None = None) -> None:
     try:
         options = parse_options(argv)
         ranks = Ranks.from_environment()
+        options.check_ranks(ranks.world_size)
+        if ranks.rank == ranks.local_rank:  # on the machine of rank 0, which alone writes files
+            options.check_folders()
         device = choose_device(options.device, ranks)
         if TASKS[options.task].uses_images and ranks.local_rank == 0:
             fetch_fashion_mnist(
                 options.data, say=lambda text: print(f"launch.train: {text}", file=sys.stderr, flush=True)
             )
         start(ranks, device)
-        Trainer(options, ranks, device).run()
+        trainer = Trainer(options, ranks, device)
+        trainer.run()
+        trainer.close()
         dist.destroy_process_group()
     except (UsageError, DataError) as error:
         exit_with(str(error))

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from distsign.exchange import EXCHANGES
 from distsign.traffic import ring_all_reduce_bytes
 from launch.metrics import MetricsFile, read_lines
-from launch.options import TrainOptions, UsageError, parse_options
+from launch.options import WIRES, TrainOptions, UsageError, parse_options
 from launch.runtime import Ranks, choose_device
-from launch.schemes import CONFIDENCES, OPTIMIZERS, make_confidence
+from launch.schemes import CONFIDENCES, OPTIMIZERS, Traffic, make_confidence
 from launch.train import Trainer
 from tests.distributed.ranks import REPOSITORY, RankPool, launch, pool
 
@@ -33,10 +34,9 @@ def train(rank: int, world_size: int, argv: list[str]) -> dict[str, Any]:
         trainer.run()
     except UsageError as error:
         return {"error": str(error)}
-    return {
-        "parameters": torch.cat([p.detach().flatten() for p in trainer.net.parameters()]),
-        "traffic": trainer.combiner.traffic(trainer.progress.step),
-    }
+    traffic = trainer.combiner.traffic(trainer.progress.step)
+    trainer.close()
+    return {"parameters": torch.cat([p.detach().flatten() for p in trainer.net.parameters()]), "traffic": traffic}
 
 
 @pytest.fixture
@@ -66,6 +66,9 @@ def ranks4() -> RankPool:
         (["--bucket-cap-mb", "0"], r"--bucket-cap-mb must be in \(0"),
         (["--hook", "sign-vote"], "--hook sign-vote needs --confidence: one of fixed, adaptive, target-density"),
         ([*VOTE, "--margin", "0"], "--margin must be 1 or more, got 0"),
+        ([*VOTE, "--wire", "ternary"], "argument --wire: invalid choice: 'ternary'.*planes.*sparse"),
+        ([*VOTE, "--exchange", "gossip"], "argument --exchange: invalid choice: 'gossip'.*two_phase.*all_gather"),
+        ([*VOTE, "--wire", "sparse"], "^--wire='sparse' .*needs a carry"),
         ([*VOTE, "--optimizer", "adam", "--weight-decay", "0.1"], "--weight-decay of adam is L2.*use --l2"),
         (["--margin", "2"], "--margin is an option of --hook sign-vote, got --hook none"),
         (["--hook", "bf16", "--l2", "0.1"], "--l2 is an option of --hook sign-vote.*--weight-decay"),
@@ -84,6 +87,33 @@ def test_wrong_options_are_one_clear_line(argv: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         parse_options(argv)
     assert "\n" not in str(caught.value)
+
+
+def test_every_wire_and_exchange_is_one_that_the_library_knows() -> None:
+    for wire in WIRES:
+        for exchange in EXCHANGES:
+            parse_options([*VOTE, "--confidence", "rms:k=24", "--wire", wire, "--exchange", exchange])
+
+
+def test_options_that_so_many_ranks_cannot_have() -> None:
+    options = parse_options([*VOTE, "--margin", "3"])
+    options.check_ranks(3)
+    with pytest.raises(UsageError, match="^--margin must be at most the number of voters, 2, got 3"):
+        options.check_ranks(2)
+    parse_options([]).check_ranks(1)
+
+
+@pytest.mark.parametrize("flag", ["--metrics", "--checkpoint"])
+def test_only_the_last_folder_of_a_path_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    for good in (tmp_path / "file", tmp_path / "new" / "file", Path("/tmp/file")):
+        parse_options([flag, str(good)]).check_folders()
+    for bad in (tmp_path / "no" / "such" / "file", Path("/no-such-folder/file")):
+        with pytest.raises(UsageError, match=f"^{flag} {bad}: there is no folder {bad.parent}: make it, or name"):
+            parse_options([flag, str(bad)]).check_folders()
+    monkeypatch.chdir(tmp_path)
+    parse_options([flag, "new/file"]).check_folders()
+    with pytest.raises(UsageError, match=f"no folder {tmp_path}/no/such"):
+        parse_options([flag, "no/such/file"]).check_folders()
 
 
 def test_confidence_by_name() -> None:
@@ -168,6 +198,7 @@ def train_task(rank: int, world_size: int, argv: list[str]) -> torch.Tensor:
     options = parse_options(["--batch-size", "2", "--device", "cpu", *data, *argv])
     trainer = Trainer(options, Ranks(rank, world_size, rank, world_size), torch.device("cpu"))
     trainer.run()
+    trainer.close()
     return torch.cat([p.detach().flatten() for p in trainer.net.parameters()])
 
 
@@ -224,11 +255,15 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
 
     assert "there is no --checkpoint" in error("--resume")
     assert error("--resume", "if-there") == "None"
-    assert "--lr was 0.001, is 0.002" in error("--resume", "--lr", "2e-3")
+    assert f"--checkpoint {path} belongs to another run: --lr was 0.001, is 0.002" in error("--resume", "--lr", "2e-3")
     assert "--seed was 0, is 1" in error("--resume", "--seed", "1")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert "cannot be read" in error("--resume")
+    damaged = error("--resume")
+    assert (
+        f"--checkpoint {path} is damaged: its {len(whole) // 2:,} bytes are no whole checkpoint. Put a copy" in damaged
+    )
+    assert "leave out --resume" in damaged
     torch.save({"something": "else"}, path)
     assert "is no checkpoint of format 1" in error("--resume")
     path.write_bytes(whole)
@@ -258,6 +293,28 @@ def test_plain_python_is_one_rank(tmp_path: Path, as_file: bool) -> None:
     end = read_lines(metrics)[-1]
     assert end["sent_bytes"] == 0
     assert end["ballot_density"] == end["verdict_density"] > 0
+
+
+def test_traffic_is_the_mean_over_the_ranks() -> None:
+    ranks = [Traffic(100, 300, 8, 4, "counted", 0.25, 0.5), Traffic(200, 300, 8, 4, "counted", 0.75, 0.5)]
+    assert Traffic.mean(ranks) == Traffic(150, 300, 8, 4, "counted", 0.5, 0.5)
+    assert Traffic.mean([Traffic(1, 2, 3, 4, "formula")]) == Traffic(1, 2, 3, 4, "formula")
+
+
+def test_that_nobody_votes_is_said_once() -> None:
+    silent = [*VOTE, "--confidence", "fixed:alpha=1e9"]
+    done = in_one_process(*silent, "--steps", "3", "--eval-every", "1")
+    assert done.returncode == 0, done.stderr
+    words = "launch.train: warning: no component has voted in 3 steps, so nothing is learned: lower the threshold of "
+    assert done.stderr.count(f"{words}--confidence fixed:alpha=1e9") == 1
+    assert done.stderr.count("warning: no component") == 1
+    assert "warning" not in in_one_process(*VOTE, "--steps", "3", "--eval-every", "1").stderr
+
+
+def test_a_margin_that_no_vote_can_reach_ends_before_the_start() -> None:
+    done = in_one_process(*VOTE, "--margin", "9")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("launch.train: error: --margin must be at most the number of voters, 1, got 9")
 
 
 def test_wrong_option_ends_with_code_2() -> None:
