@@ -28,12 +28,12 @@ _EXPONENT_ONE = np.uint32(0x00800000)
 _TOP = np.uint32(0x80000000)
 _ONE = np.uint32(1)
 _ZERO = np.uint32(0)
-_BYTES = LANES * 4
 _STRIDE = BLOCK // 4
 _LARGEST = np.float32(3.4028235e38)
 _DEAD = np.float32(1e-30)
 _NOTHING = np.float32(-0.0)
 _LINE = 64
+TILE = 4 * BLOCK
 
 
 # ---------------------------------------------------------------------------------------------------------- past caches
@@ -113,8 +113,8 @@ def _add(x, carry, unscale, u):
 
 @_jit
 def _add_normalised(x, carry, square, unscale, correction, decay, rest, scratch):
-    u = scratch[:BLOCK]
-    v = scratch[BLOCK:]
+    u = scratch[:TILE]
+    v = scratch[TILE:]
     for i in range(x.size):
         g = x[i] * unscale
         s = min(decay * square[i] + rest * (g * g), _LARGEST)
@@ -185,21 +185,25 @@ def _popcount(m):
 
 
 @_jit
-def _pack_block(block, limit, lanes):
-    """Write masks, then signs, into `lanes`, and add the votes to its last part."""
-    limit = limit & _MAGNITUDE
-    for j in range(LANES):
-        m = np.uint32(_mask8(block, j, limit))
-        m = np.uint32(m | (_mask8(block, j + _STRIDE, limit) << np.uint32(8)))
-        m = np.uint32(m | (_mask8(block, j + 2 * _STRIDE, limit) << np.uint32(16)))
-        m = np.uint32(m | (_mask8(block, j + 3 * _STRIDE, limit) << np.uint32(24)))
-        s = np.uint32(_sign8(block, j, _ZERO))
-        s = np.uint32(_sign8(block, j + _STRIDE, s))
-        s = np.uint32(_sign8(block, j + 2 * _STRIDE, s))
-        s = np.uint32(_sign8(block, j + 3 * _STRIDE, s))
-        lanes[j] = m
-        lanes[LANES + j] = s & m
-        lanes[2 * LANES + j] += _popcount(m)
+def _pack_blocks(bits, num_blocks, limit, lanes, out, m_at, s_at):
+    """Write the planes of full blocks, and add the votes to the last part of `lanes`."""
+    limit = limit & _MAGNITUDE  # so that LLVM knows that both sides of a comparison are small enough for a signed one
+    for b in range(num_blocks):
+        block = bits[b * BLOCK : b * BLOCK + BLOCK]
+        for j in range(LANES):
+            m = np.uint32(_mask8(block, j, limit))
+            m = np.uint32(m | (_mask8(block, j + _STRIDE, limit) << np.uint32(8)))
+            m = np.uint32(m | (_mask8(block, j + 2 * _STRIDE, limit) << np.uint32(16)))
+            m = np.uint32(m | (_mask8(block, j + 3 * _STRIDE, limit) << np.uint32(24)))
+            s = np.uint32(_sign8(block, j, _ZERO))
+            s = np.uint32(_sign8(block, j + _STRIDE, s))
+            s = np.uint32(_sign8(block, j + 2 * _STRIDE, s))
+            s = np.uint32(_sign8(block, j + 3 * _STRIDE, s))
+            lanes[j] = m
+            lanes[LANES + j] = s & m
+            lanes[2 * LANES + j] += _popcount(m)
+        _copy_line(out, m_at + b * _LINE, lanes, 0)
+        _copy_line(out, s_at + b * _LINE, lanes, LANES)
 
 
 @_jit
@@ -247,66 +251,81 @@ def pack_carried(
 ):
     """One of `wide` (float32) and `narrow` (bfloat16 as bits) is the carry, and the other empty, as `square` may be."""
     numbers = x.view(np.float32)
-    scratch = np.zeros(2 * BLOCK, np.float32)
-    u, v = scratch[:BLOCK], scratch[BLOCK:]
-    bits = u.view(np.uint32)
-    widened = np.zeros(BLOCK, np.float32)
-    cleared = np.zeros(BLOCK, np.uint32)
-    rounded = np.zeros(BLOCK, np.uint16)
+    sums = np.zeros(2 * TILE, np.float32)  # and the new squares
+    bits = sums[:TILE].view(np.uint32)
+    other = np.zeros(TILE, np.float32)  # the old carry, where it is not float32; later what is kept of the sums
+    other_bits = other.view(np.uint32)
+    rounded = np.zeros(TILE, np.uint16)
     lanes = np.zeros(3 * LANES, np.uint32)  # masks, signs, counts of votes
     old_wide, new_wide = wide[live], wide[1 - live]
     old_narrow, new_narrow = narrow[live], narrow[1 - live]
     old_square, new_square = square[live], square[1 - live]
+    is_wide, with_square = new_wide.size > 0, new_square.size > 0
     overflow = _ZERO
     for k in range(start.size):
         limit = limits[row[k]]
-        m_at, s_at = mask_at[k], sign_at[k]
         if not active[row[k]]:
             overflow |= _overflow(x[start[k] : start[k] + length[k]])
-            if new_wide.size:
+            if is_wide:
                 _keep(new_wide, home[k], old_wide, home[k], length[k])
             else:
                 _keep(new_narrow, home[k], old_narrow, home[k], length[k])
-            if new_square.size:
+            if with_square:
                 _keep(new_square, home[k], old_square, home[k], length[k])
             for i in range((length[k] + 7) // 8):
-                out[m_at + i] = 0
-                out[s_at + i] = 0
+                out[mask_at[k] + i] = 0
+                out[sign_at[k] + i] = 0
             continue
         for j in range(LANES):
             lanes[2 * LANES + j] = 0
         num_votes = 0
-        for done in range(0, length[k], BLOCK):
-            n = min(BLOCK, length[k] - done)
+        for done in range(0, length[k], TILE):
+            n = min(TILE, length[k] - done)
             base, at = start[k] + done, home[k] + done
-            overflow |= _overflow(x[base : base + n])
+            m_at, s_at = mask_at[k] + done // 8, sign_at[k] + done // 8
             raw = numbers[base : base + n]
-            carry = widened
-            if new_wide.size:
-                carry = old_wide[at : at + n]
+            if is_wide:
+                if with_square:
+                    _add_normalised(
+                        raw,
+                        old_wide[at : at + n],
+                        old_square[at : at + n],
+                        unscale,
+                        corrections[row[k]],
+                        decay,
+                        rest,
+                        sums,
+                    )
+                else:
+                    _add(raw, old_wide[at : at + n], unscale, sums)
             else:
-                _widen(old_narrow[at : at + n], widened)
-            if new_square.size:
-                _add_normalised(raw, carry, old_square[at : at + n], unscale, corrections[row[k]], decay, rest, scratch)
-                _keep(new_square, at, v, 0, n)
-            else:
-                _add(raw, carry, unscale, u)
-            if n == BLOCK:
-                _pack_block(bits, limit, lanes)
-                _copy_line(out, m_at, lanes, 0)
-                _copy_line(out, s_at, lanes, LANES)
-                m_at += _BYTES
-                s_at += _BYTES
-            else:
-                num_votes += _pack_tail(bits[:n], limit, out, m_at, s_at)
-            kept = bits
+                _widen(old_narrow[at : at + n], other)
+                if with_square:
+                    _add_normalised(
+                        raw, other, old_square[at : at + n], unscale, corrections[row[k]], decay, rest, sums
+                    )
+                else:
+                    _add(raw, other, unscale, sums)
+            overflow |= _overflow(x[base : base + n])
+            if with_square:
+                _keep(new_square, at, sums, TILE, n)
+            num_blocks = n // BLOCK
+            _pack_blocks(bits, num_blocks, limit, lanes, out, m_at, s_at)
+            if n % BLOCK:
+                tail = num_blocks * BLOCK
+                num_votes += _pack_tail(bits[tail:n], limit, out, m_at + tail // 8, s_at + tail // 8)
             if clear:
-                _clear(bits[:n], limit, cleared)
-                kept = cleared
-            if new_wide.size:
-                _keep(new_wide, at, kept.view(np.float32), 0, n)
+                _clear(bits[:n], limit, other_bits)
+            if is_wide:
+                if clear:
+                    _keep(new_wide, at, other, 0, n)
+                else:
+                    _keep(new_wide, at, sums, 0, n)
             else:
-                _narrow(kept, rounded)
+                if clear:
+                    _narrow(other_bits[:n], rounded)
+                else:
+                    _narrow(bits[:n], rounded)
                 _keep(new_narrow, at, rounded, 0, n)
         for j in range(LANES):
             num_votes += lanes[2 * LANES + j]
