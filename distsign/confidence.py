@@ -53,9 +53,19 @@ class Confidence(ABC):
     def square_decay(self) -> float | None:  # noqa: D102
         return None
 
-    def warm_up(self) -> tuple[float, ...]:
-        """Return the factor on alpha, and on the learning rate, of each clean step; the last one holds from then on."""
-        return (1.0,)
+    @property
+    def fills_budget(self) -> bool:
+        """Whether alpha may be steered so that the votes fill a budget; else it is what the user chose."""
+        return True
+
+    def warm_up(self, *, budgeted: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the factors on alpha and on the learning rate, by the clean steps so far; the last ones hold on.
+
+        Args:
+            budgeted: whether the number of votes is bounded by a budget.
+        """
+        del budgeted
+        return (1.0,), (1.0,)
 
     def init_stats(self, num_params: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the stats before the first step, zeros of shape `[num_params, num_stats]`, float64."""
@@ -211,28 +221,33 @@ class RMSConfidence(Confidence):
     about 10. A verdict then stands for about k steps of Adam, so that
     `lr = margin * k * lr_adam / sqrt(world_size)` is a good start.
 
-    k warms up, `k_t = start * (k / start) ** min(1, t / warmup_steps)` after t clean steps, and the learning rate is
-    scaled by `k_t / k` alike (`SignVoteState.lr_scale`): early steps are denser and smaller. Under a budget of bits k_t
-    is steered instead, see `SignVoteState`.
+    Early gradients agree, and all components would vote at once. Without a budget k therefore warms up,
+    `k_t = start * (k / start) ** min(1, t / warmup_steps)` after t clean steps, and the learning rate is scaled by
+    `k_t / k` alike (`SignVoteState.lr_scale`): early steps are denser and smaller. Under a budget, which bounds the
+    density, k stays, and the learning rate grows linearly over `ramp_steps`. What passed k and did not fit is forgotten
+    there (`r = 0`): kept, it would queue for hundreds of steps, and stale votes keep a model from learning (measured,
+    see README).
 
     Args:
         k: threshold in root mean squares, above 0. The density of ballots falls as about `1 / k**2`.
         decay: of the running mean of squares, in [0, 1).
         start: k at the first step, above 0; k itself where it is larger.
         warmup_steps: clean steps until k is reached, at least 0.
+        ramp_steps: under a budget, clean steps until the learning rate is reached, at least 1.
 
     Raises:
         ValueError: if an option is out of range.
 
     Example:
         >>> RMSConfidence(k=16)
-        RMSConfidence(k=16, decay=0.99, start=4.0, warmup_steps=200)
+        RMSConfidence(k=16, decay=0.99, start=4.0, warmup_steps=200, ramp_steps=50)
     """
 
     k: float = 24.0
     decay: float = 0.99
     start: float = 4.0
     warmup_steps: int = 200
+    ramp_steps: int = 50
     num_stats: ClassVar[int] = 1  # steps of this parameter so far
     requires_carry: ClassVar[bool] = True
 
@@ -241,15 +256,23 @@ class RMSConfidence(Confidence):
         _require("decay", self.decay, 0.0, 1.0, "it is the decay of the mean of squares")
         _require("start", self.start, 0.0, math.inf, "it is the threshold of the first step", open_low=True)
         _require("warmup_steps", self.warmup_steps, 0, 1e6, "it is a number of steps")
+        _require("ramp_steps", self.ramp_steps, 1, 1e6, "it is a number of steps")
 
     @property
     def square_decay(self) -> float:  # noqa: D102
         return self.decay
 
-    def warm_up(self) -> tuple[float, ...]:  # noqa: D102
-        first = min(1.0, self.start / self.k)
-        num = int(self.warmup_steps)
-        return tuple(first ** (1.0 - t / num) for t in range(num)) + (1.0,)
+    @property
+    def fills_budget(self) -> bool:  # noqa: D102
+        return False
+
+    def warm_up(self, *, budgeted: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:  # noqa: D102
+        if budgeted:
+            num = int(self.ramp_steps)
+            return (1.0,), tuple((t + 1) / num for t in range(num))
+        num, first = int(self.warmup_steps), min(1.0, self.start / self.k)
+        factors = (*(first ** (1.0 - t / num) for t in range(num)), 1.0)
+        return factors, factors
 
     def thresholds(self, stats: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: D102
         del moments

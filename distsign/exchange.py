@@ -9,6 +9,7 @@ waits for nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Header,
 
 __all__ = ["EXCHANGES", "Verdicts", "VoteExchange", "world_size_of"]
 
-EXCHANGES = ("two_phase", "all_gather")
+EXCHANGES = ("two_phase", "all_gather", "hierarchical")
 T = TypeVar("T")
 
 
@@ -37,12 +38,51 @@ class Verdicts:
     Attributes:
         planes: uint8 `[layout.buffer_bytes]`, where the group's layout puts them; its headers mean nothing.
         crowded: bool `[num_pieces]`, the census: True where more wanted to vote than fits; None without caps.
+        mean: float32 `[num_raw]`, of the components that are averaged.
         poisoned: bool scalar tensor, True if any rank sent poison.
     """
 
     planes: Tensor
     crowded: Tensor | None
+    mean: Tensor
     poisoned: Tensor
+
+
+class _Link:
+    """A process group through which bytes are sent, and counted.
+
+    Args:
+        group: None for a single rank, where nothing travels.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.world_size = 1 if group is None else dist.get_world_size(group)
+        self.sent_bytes = self.received_bytes = 0
+
+    def all_to_all(self, source: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Send `send[k]` elements to rank k and receive `receive[k]` from it."""
+        if self.group is None:
+            return source
+        target = source.new_empty(sum(receive))
+        dist.all_to_all_single(target, source, receive, send, group=self.group)
+        self.sent_bytes += (sum(send) - send[self.rank]) * source.itemsize
+        self.received_bytes += (sum(receive) - receive[self.rank]) * source.itemsize
+        return target
+
+    def all_gather(self, source: Tensor) -> Tensor:
+        """Return `source` of all ranks, one row each."""
+        if self.group is None:
+            return source.unsqueeze(0)
+        target = source.new_empty(self.world_size, source.numel())
+        # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(target.view(-1), source, group=self.group)
+        others = (self.world_size - 1) * source.numel() * source.itemsize
+        self.sent_bytes += others
+        self.received_bytes += others
+        return target
 
 
 def world_size_of(group: dist.ProcessGroup | None) -> int:
@@ -53,50 +93,93 @@ def world_size_of(group: dist.ProcessGroup | None) -> int:
 class VoteExchange:
     """A vote among the ranks of a process group of its own.
 
+    With nodes of several ranks the vote is held between nodes: the ranks of a node average their gradients first, each
+    rank for one share of the components, and vote on that share with the ranks of the same number in the other nodes.
+
     Args:
         process_group: whose ranks vote; None is the default group. Without an initialised process group, or in a group
             of one, there is one voter and nothing travels.
         kind: `"two_phase"` (bytes per rank flat in the number of ranks) or `"all_gather"` (each rank counts all ballots
             itself, so that no owner needs to be trusted).
-
-    Attributes:
-        rank: this rank's number in the group.
-        world_size: number of voters.
-        counted: payload bytes sent and received so far.
+        ranks_per_node: consecutive ranks that make a node; 1 for a vote of all.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None, kind: str) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None, kind: str, ranks_per_node: int = 1) -> None:
         self.kind = kind
-        self.counted = ExchangeBytes()
-        self.group: dist.ProcessGroup | None = None
-        self.rank, self.world_size = 0, 1
+        self._all = _Link(None)
+        self._node = _Link(None)
+        self._voters = self._all
         # On CUDA a header that does not fit is found without waiting for the device; it poisons the step at once and is
         # reported by `raise_if_mismatched`.
         self._mismatch: Tensor | None = None
         if world_size_of(process_group) > 1:
             parent = process_group or dist.group.WORLD
             assert parent is not None
-            self.group = _twin_of(parent)
-            self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+            ranks = dist.get_process_group_ranks(parent)
+            self._all = self._voters = _Link(_twin_of(parent, ranks))
+            if ranks_per_node > 1:
+                nodes = [ranks[k : k + ranks_per_node] for k in range(0, len(ranks), ranks_per_node)]
+                self._node = _Link(_group_of(parent, nodes))
+                columns = [ranks[k::ranks_per_node] for k in range(ranks_per_node)]
+                self._voters = _Link(_group_of(parent, columns) if len(nodes) > 1 else None)
+
+    @property
+    def counted(self) -> ExchangeBytes:
+        """Bytes sent and received so far, of payloads and, within a node, of gradients."""
+        within = self._node
+        return ExchangeBytes(
+            self._voters.sent_bytes + within.sent_bytes,
+            self._voters.received_bytes + within.received_bytes,
+            within.sent_bytes,
+            within.received_bytes,
+        )
+
+    def forget_counts(self) -> None:
+        """Count from zero again."""
+        for link in (self._voters, self._node):
+            link.sent_bytes = link.received_bytes = 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in all."""
+        return self._all.world_size
+
+    @property
+    def num_voters(self) -> int:
+        """Number of those whose ballots meet: all ranks, or one a node."""
+        return self._voters.world_size
+
+    @property
+    def rank(self) -> int:
+        """This rank's number among the voters."""
+        return self._voters.rank
+
+    @property
+    def local_rank(self) -> int:
+        """This rank's number in its node, 0 where nodes do not matter."""
+        return self._node.rank
 
     def close(self) -> None:
-        """Give the group back, with its sockets and threads; the object must not be used afterwards."""
+        """Give the groups back, with their sockets and threads; the object must not be used afterwards."""
+        links = {id(link.group): link for link in (self._all, self._voters, self._node) if link.group is not None}
         # torch names the twin of a subgroup by how many groups there are, and would reuse the name of one given back.
-        if self.group is not None and self.world_size == dist.get_world_size():
-            dist.destroy_process_group(self.group)
-        self.group = None
+        if self._all.group is not None and self.world_size == dist.get_world_size():
+            for link in links.values():
+                dist.destroy_process_group(link.group)
+        for link in links.values():
+            link.group = None
 
     def describe(self) -> str:
         """Return the voters in words, for errors."""
-        ranks = dist.get_process_group_ranks(self.group) if self.group is not None else [0]
-        return f"rank {self.rank} of {self.world_size} (global ranks {ranks})"
+        ranks = dist.get_process_group_ranks(self._all.group) if self._all.group is not None else [0]
+        return f"rank {self._all.rank} of {self.world_size} (global ranks {ranks})"
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's `value`, in order of rank. Blocks."""
-        if self.group is None:
+        if self._all.group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value, group=self._all.group)
         return values
 
     def broadcast(self, value: T, source: int) -> T:
@@ -104,35 +187,55 @@ class VoteExchange:
 
         Only the nest is pickled; tensors travel as tensors, and arrive on the kind of device that they lay on.
         """
-        if self.group is None:
+        if self._all.group is None:
             return value
         tensors: list[Tensor] = []
-        nest = _take_tensors(value, tensors) if self.rank == source else None
+        nest = _take_tensors(value, tensors) if self._all.rank == source else None
         box = [(nest, [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors])]
-        sender = dist.get_global_rank(self.group, source)
-        dist.broadcast_object_list(box, sender, group=self.group)
+        sender = dist.get_global_rank(self._all.group, source)
+        dist.broadcast_object_list(box, sender, group=self._all.group)
         nest, kinds = box[0]
         # NCCL carries no tensors of the CPU, where Adam keeps its step.
-        on_wire = "cuda" if dist.get_backend(self.group) == "nccl" else None
+        on_wire = "cuda" if dist.get_backend(self._all.group) == "nccl" else None
         arrived = []
         for index, (shape, dtype, device) in enumerate(kinds):
             wire_device = on_wire or device
-            if self.rank == source:
+            if self._all.rank == source:
                 tensor = tensors[index].to(wire_device)
             else:
                 tensor = torch.empty(shape, dtype=dtype, device=wire_device)
-            dist.broadcast(tensor, sender, group=self.group)
+            dist.broadcast(tensor, sender, group=self._all.group)
             arrived.append(tensor.to(device))
-        return value if self.rank == source else _put_tensors(nest, arrived)
+        return value if self._all.rank == source else _put_tensors(nest, arrived)
+
+    def mean_in_node(self, buffer: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return this rank's share of the mean over its node: a reduce-scatter whose order of additions is fixed.
+
+        Args:
+            buffer: floating point, the shares of all ranks of the node one after the other.
+            sizes: elements of each share.
+
+        Returns:
+            float32 `[sizes[local_rank]]`.
+        """
+        own = sizes[self._node.rank]
+        found = self._node.all_to_all(buffer, list(sizes), [own] * self._node.world_size)
+        return _mean(found.view(self._node.world_size, own).float())
+
+    def share_in_node(self, payloads: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Return what every rank of the node has: each its `payloads`, uint8 of `sizes[local_rank]` bytes."""
+        copies = payloads.repeat(self._node.world_size)
+        found = self._node.all_to_all(copies, [payloads.numel()] * self._node.world_size, list(sizes))
+        return list(torch.split(found, list(sizes)))
 
     def vote(
         self, ballots: Form, verdicts: Form, buffer: Tensor, owner: Owner, starts: IntArray, kernels: Kernels
-    ) -> Verdicts:
+    ) -> Tensor:
         """Exchange ballots for verdicts.
 
         Two phases:
         1. all-to-all: this rank's ballots on each shard go to its owner, which checks the headers;
-        2. the owner tallies them, and its verdicts go to all ranks.
+        2. the owner tallies them, and its verdicts go to all voters.
 
         Args:
             ballots: form of the ballots' payloads.
@@ -142,44 +245,46 @@ class VoteExchange:
             starts: int64 `[num_pieces]`, see `Owner.count`.
             kernels: backend of the buffer's device.
 
+        Returns:
+            uint8 `[verdicts.buffer_bytes]`, the payloads of all owners, for `read`.
+
         Raises:
             PayloadError: if a payload is not what this rank expects.
         """
         if self.kind == "all_gather":
             return self._all_gather(ballots, verdicts, buffer, owner, starts, kernels)
         own = ballots.sizes[self.rank]
-        received = self._all_to_all(buffer, list(ballots.sizes), [own] * self.world_size).view(self.world_size, own)
-        poisoned = self._check(received[:, :HEADER_BYTES], [ballots.headers[self.rank]] * self.world_size)
+        found = self._voters.all_to_all(buffer, list(ballots.sizes), [own] * self.num_voters)
+        received = found.view(self.num_voters, own)
+        poisoned = self._check(received[:, :HEADER_BYTES], [ballots.headers[self.rank]] * self.num_voters)
         payload = self._count(ballots, verdicts, self.rank, received, poisoned, owner, starts, kernels)
         own = verdicts.sizes[self.rank]
-        found = self._all_to_all(payload.repeat(self.world_size), [own] * self.world_size, list(verdicts.sizes))
-        rows = torch.stack([found[at : at + HEADER_BYTES] for at in verdicts.offsets])
+        return self._voters.all_to_all(payload.repeat(self.num_voters), [own] * self.num_voters, list(verdicts.sizes))
+
+    def read(self, verdicts: Form, payloads: Tensor, kernels: Kernels) -> Verdicts:
+        """Open what `vote` returned, here or on another rank of the node.
+
+        Raises:
+            PayloadError: if a payload is not what this rank expects.
+        """
+        rows = torch.stack([payloads[at : at + HEADER_BYTES] for at in verdicts.offsets])
         poisoned = self._check(rows, list(verdicts.headers))
-        planes, crowded, ok = verdicts.open_all(found, kernels)
-        return Verdicts(planes, crowded, self._require(ok, poisoned, "verdicts"))
+        found = verdicts.open_all(payloads, kernels)
+        crowded = None if found.crowded is None else found.crowded[0]
+        return Verdicts(found.rows[0], crowded, found.raw[0], self._require(found.ok, poisoned, "verdicts"))
 
     def _all_gather(
         self, ballots: Form, verdicts: Form, buffer: Tensor, owner: Owner, starts: IntArray, kernels: Kernels
-    ) -> Verdicts:
-        total = ballots.buffer_bytes
-        received = torch.empty(self.world_size, total, dtype=torch.uint8, device=buffer.device)
-        if self.group is None:
-            received[0] = buffer
-        else:
-            # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
-            all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            all_gather(received.view(-1), buffer, group=self.group)
-        others = (self.world_size - 1) * total
-        self.counted += ExchangeBytes(others, others)
+    ) -> Tensor:
+        received = self._voters.all_gather(buffer)
         rows = torch.cat([received[:, at : at + HEADER_BYTES] for at in ballots.offsets])
-        poisoned = self._check(rows, [header for header in ballots.headers for _ in range(self.world_size)])
+        poisoned = self._check(rows, [header for header in ballots.headers for _ in range(self.num_voters)])
         payloads = []
         for k, (at, size) in enumerate(zip(ballots.offsets, ballots.sizes, strict=True)):
             mine = received[:, at : at + size].contiguous()
             payloads.append(self._count(ballots, verdicts, k, mine, poisoned, owner, starts, kernels))
-        # Sealed and opened again although nothing travels: so both exchanges come to the same, whatever the caps are.
-        planes, crowded, ok = verdicts.open_all(torch.cat(payloads), kernels)
-        return Verdicts(planes, crowded, self._require(ok, poisoned, "verdicts"))
+        # Sealed although nothing travels: so both exchanges come to the same, whatever the caps are.
+        return torch.cat(payloads)
 
     def _count(
         self,
@@ -193,13 +298,14 @@ class VoteExchange:
         kernels: Kernels,
     ) -> Tensor:
         """Turn all workers' payloads on one shard into the payload of its verdicts."""
-        rows, at, crowded, ok = ballots.open(shard, received, kernels)
-        poisoned = self._require(ok, poisoned, "ballots")
-        planes, too_many = owner.count(rows, at, ballots.layout, shard, verdicts.caps, starts, kernels)
-        if crowded is not None:
+        found = ballots.open(shard, received, kernels)
+        poisoned = self._require(found.ok, poisoned, "ballots")
+        planes, too_many = owner.count(found.rows, found.at, ballots.layout, shard, verdicts.caps, starts, kernels)
+        crowded = None
+        if found.crowded is not None:
             # A minority cannot raise the threshold, and so the learning rate, of all by claiming to be crowded.
-            crowded = too_many | (2 * crowded.sum(0) >= self.world_size)
-        return verdicts.seal_one(shard, planes, crowded, poisoned, kernels)
+            crowded = too_many | (2 * found.crowded.sum(0) >= self.num_voters)
+        return verdicts.seal_one(shard, planes, crowded, _mean(found.raw), poisoned, kernels)
 
     def _require(self, ok: Tensor, poisoned: Tensor, what: str) -> Tensor:
         """Raise if a body was malformed; on CUDA, where that would wait, poison the step and remember it."""
@@ -216,24 +322,15 @@ class VoteExchange:
         self._mismatch = bad if self._mismatch is None else self._mismatch | bad
         return poisoned | bad
 
-    def _all_to_all(self, source: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Send `send[k]` bytes to rank k and receive `receive[k]` from it."""
-        if self.group is None:
-            return source
-        target = torch.empty(sum(receive), dtype=torch.uint8, device=source.device)
-        dist.all_to_all_single(target, source, receive, send, group=self.group)
-        self.counted += ExchangeBytes(sum(send) - send[self.rank], sum(receive) - receive[self.rank])
-        return target
-
     def _check(self, rows: Tensor, expected: list[Header]) -> Tensor:
         """Hold each header against the expected one; return whether any carries poison.
 
-        Rows come in order of the sender, `world_size` of them or a multiple.
+        Rows come in order of the sender, `num_voters` of them or a multiple.
         """
         poisoned = ((rows[:, POISON_BYTE] & POISON_FLAG) != 0).any()
         if rows.device.type == "cpu":
             for k, header in enumerate(expected):
-                Header.expect(bytes(rows[k].tolist()), header, sender=k % self.world_size, receiver=self.rank)
+                Header.expect(bytes(rows[k].tolist()), header, sender=k % self.num_voters, receiver=self.rank)
             return poisoned
         want = torch.tensor([list(header.encode()) for header in expected], dtype=torch.uint8, device=rows.device)
         keep = torch.full((HEADER_BYTES,), 255, dtype=torch.uint8, device=rows.device)
@@ -283,17 +380,15 @@ def _put_tensors(nest: Any, tensors: list[Tensor]) -> Any:
     return nest
 
 
-def _twin_of(parent: dist.ProcessGroup) -> dist.ProcessGroup:
+def _twin_of(parent: dist.ProcessGroup, ranks: list[int]) -> dist.ProcessGroup:
     """Make a group of the same ranks, with the same backend and timeout.
 
     Raises:
         ValueError: if the ranks of a subgroup know different numbers of groups, so that torch would wait in vain.
     """
-    ranks = dist.get_process_group_ranks(parent)
     # A group that all ranks make is numbered alike everywhere. Only a subgroup's ranks can make its twin by themselves,
     # and torch then names it by the number of groups that each rank knows.
-    local = len(ranks) < dist.get_world_size()
-    if local:
+    if len(ranks) < dist.get_world_size():
         known: list[Any] = [None] * len(ranks)
         dist.all_gather_object(known, len(dist.distributed_c10d._world.pg_names), group=parent)
         if len(set(known)) > 1:
@@ -302,10 +397,29 @@ def _twin_of(parent: dist.ProcessGroup) -> dist.ProcessGroup:
                 "far, and torch can make one only where that is the same number: let them all be in as many groups "
                 "before the first backward"
             )
-    twin: dist.ProcessGroup = dist.new_group(
-        ranks, timeout=_timeout_of(parent), backend=dist.get_backend(parent), use_local_synchronization=local
-    )
-    return twin
+    return _group_of(parent, [ranks])
+
+
+def _group_of(parent: dist.ProcessGroup, parts: list[list[int]]) -> dist.ProcessGroup:
+    """Make a group of each part of the parent's ranks, like the parent, and return this rank's own."""
+    local = dist.get_world_size(parent) < dist.get_world_size()
+    mine: dist.ProcessGroup | None = None
+    for ranks in parts:
+        if dist.get_rank() in ranks or not local:
+            group = dist.new_group(
+                ranks, timeout=_timeout_of(parent), backend=dist.get_backend(parent), use_local_synchronization=local
+            )
+            mine = group if dist.get_rank() in ranks else mine
+    assert mine is not None
+    return mine
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """Return the mean of the rows, added in order, so that whoever adds them comes to the same bits."""
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total / rows.shape[0]
 
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:

@@ -52,13 +52,16 @@ class SignVoteState:
         wire: `"planes"`, two bits a component; `"sparse"`, the positions of the votes (needs a carry); `"auto"`, the
             shorter of both. Without a budget the number of slots follows the counts that all ranks have seen.
         bits_per_param: a budget of bits per parameter and direction, headers included. Payloads then have this size in
-            every step. Thresholds are steered, per parameter, to fill it, and with them `lr_scale`; what does not fit
-            stays in the carries. All parameters must be known before the first backward: pass `vote_state=state` and
-            `model.named_parameters()` to the optimizer, or call `track`.
+            every step. Thresholds in gradient units are steered, per parameter, to fill it, and what does not fit stays
+            in the carries; `RMSConfidence` keeps its k and forgets what does not fit. All parameters must be known
+            before the first backward: pass `vote_state=state` and `model.named_parameters()` to the optimizer, or call
+            `track`.
         l2: `l2 * parameter` is added to each worker's raw gradient before the confidence (L2 regularisation as in
             arXiv 1907.09008's plain variants). Prefer the optimizer's decoupled `weight_decay`.
-        exclude: parameters to average instead. Not in this version: must be None.
-        ranks_per_node: for the hierarchical exchange. Not in this version: must be None.
+        exclude: names of parameters (norms, embeddings) that are averaged in float32 instead of voted on, in the same
+            payloads; their `.grad` is then the mean gradient.
+        ranks_per_node: consecutive ranks that make a node, with `exchange="hierarchical"`. None: `LOCAL_WORLD_SIZE`,
+            which torchrun sets; required with a process group of its own.
 
     Attributes:
         loss_scale: None, a number, or a `torch.amp.GradScaler`: the factor that the loss, and so the gradient, carries.
@@ -99,10 +102,12 @@ class SignVoteState:
             wire=wire,
             bits_per_param=bits_per_param,
             l2=l2,
+            exclude=exclude,
+            ranks_per_node=ranks_per_node,
+            is_subgroup=process_group is not None,
         )
-        _refuse_until_later(exclude=exclude, ranks_per_node=ranks_per_node)
         if dist.is_available() and dist.is_initialized():
-            require_margin(margin, world_size_of(process_group))
+            require_margin(margin, world_size_of(process_group) // self._options.ranks_per_node)
         self.process_group = process_group
         self.loss_scale: Any = None
         self._registry = ParameterRegistry()
@@ -124,8 +129,7 @@ class SignVoteState:
     def lr_scale(self, parameter: Tensor) -> float | Tensor:
         """Return the factor on this step's learning rate for a parameter, alike on all ranks.
 
-        It is 1 unless thresholds warm up or are steered to a budget: then it is the threshold's share of the one that
-        the learning rate was chosen for. A float on the CPU, a scalar tensor elsewhere.
+        It is 1 but for a warm-up of the confidence function. A float on the CPU, a scalar tensor elsewhere.
 
         Raises:
             VoteError: if the hook has not run although there are several ranks: their gradients were never exchanged.
@@ -139,7 +143,8 @@ class SignVoteState:
                     "model.register_comm_hook(state, sign_vote_hook) before the first backward"
                 )
             return 1.0
-        return self._pipeline.lr_scale(self._registry.row(parameter))
+        del parameter  # alike for all, so far
+        return self._pipeline.lr_scale()
 
     def traffic(self) -> Traffic:
         """Return bytes and densities of this rank so far. On CUDA this waits for the device."""
@@ -191,11 +196,12 @@ class SignVoteState:
                 f"the checkpoint was written with {state_dict['confidence']}, whose statistics mean nothing to "
                 f"{self._options.confidence!r}: use the confidence function that the checkpoint was written with"
             )
-        self._pipeline.load_state_dict(state_dict, names, world_size_of(self.process_group))
+        num_voters = world_size_of(self.process_group) // self._options.ranks_per_node
+        self._pipeline.load_state_dict(state_dict, names, num_voters)
         self._counts.load_state_dict(state_dict["counts"])
         self._counted_before = ExchangeBytes(**state_dict["traffic"])
         if self._pipeline.exchange is not None:
-            self._pipeline.exchange.counted = ExchangeBytes()
+            self._pipeline.exchange.forget_counts()
 
     def sync_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the optimizer's state equal on all ranks, after training under `Join` with uneven inputs.
@@ -207,7 +213,7 @@ class SignVoteState:
             optimizer: any `torch.optim.Optimizer`; its state and its groups' options are overwritten.
         """
         if self._pipeline.exchange is None:
-            self._pipeline.exchange = VoteExchange(self.process_group, self._options.exchange)
+            self._pipeline.exchange = self._new_exchange()
         exchange = self._pipeline.exchange
         steps = exchange.gather(self._pipeline.num_local_steps)
         source = max(range(len(steps)), key=lambda rank: (steps[rank], rank))
@@ -256,7 +262,7 @@ class SignVoteState:
         kernels_for(bucket.buffer().device)  # compiles the first time: before others wait for this rank under a timeout
         tracked = self._registry.is_named
         rows = [self._registry.see(parameter) for parameter in bucket.parameters()]
-        exchange = self._pipeline.exchange or VoteExchange(self.process_group, self._options.exchange)
+        exchange = self._pipeline.exchange or self._new_exchange()
         scale = self.loss_scale
         options: dict[str, object] = {
             **vars(self._options),
@@ -269,14 +275,22 @@ class SignVoteState:
             ],
         }
         require_agreement(exchange.gather(options))
-        require_margin(self._options.margin, exchange.world_size)
-        if self._options.bits_per_param is not None and not tracked:
+        require_margin(self._options.margin, exchange.num_voters)
+        if not tracked and (self._options.bits_per_param is not None or self._options.exclude):
             raise ValueError(
                 "bits_per_param is shared out over all parameters, which are not known: pass vote_state=state and "
                 "model.named_parameters() to the optimizer, or call state.track(model.named_parameters()), before the "
                 "first backward"
             )
         self._pipeline.start(exchange)
+
+    def _new_exchange(self) -> VoteExchange:
+        num_ranks, per_node = world_size_of(self.process_group), self._options.ranks_per_node
+        if num_ranks % per_node:
+            raise ValueError(
+                f"ranks_per_node={per_node} does not divide the {num_ranks} ranks: nodes must be of one size"
+            )
+        return VoteExchange(self.process_group, self._options.exchange, per_node)
 
     def _scale(self, device: torch.device) -> Tensor:
         scale = self.loss_scale
@@ -324,11 +338,3 @@ def sign_vote_hook(state: SignVoteState, bucket: GradBucket) -> Future[Tensor]:
             "model.register_comm_hook(SignVoteState(confidence=...), sign_vote_hook)"
         )
     return state._on_bucket(bucket)
-
-
-def _refuse_until_later(**options: object) -> None:
-    for name, value in options.items():
-        if value not in (None, False, (), []):
-            raise ValueError(
-                f"{name}={value!r} is not in this version of distsign, it comes with a later one: leave it out"
-            )

@@ -98,12 +98,18 @@ class Layout:
         """The pieces of all buckets, in order; `start` is of no use in it."""
         return Spans(*(np.concatenate([getattr(p, field.name) for p in self.pieces]) for field in fields(Spans)))
 
+    @cached_property
+    def _owned(self) -> dict[int, tuple[Spans, IntArray]]:
+        return {}
+
     def owned(self, owner: int) -> tuple[Spans, IntArray]:
         """Return one owner's pieces and their numbers among all of them.
 
         The places of their planes count from the first byte of the owner's mask planes, and `home` from the first
         element of their parameter.
         """
+        if owner in self._owned:
+            return self._owned[owner]
         pieces = self.all_pieces
         chosen = np.flatnonzero(np.concatenate(self.owners) == owner)
         body = self.offsets[owner] + HEADER_BYTES
@@ -116,6 +122,7 @@ class Layout:
             pieces.sign_at[chosen] - body,
             pieces.home[chosen] - first,
         )
+        self._owned[owner] = spans, chosen
         return spans, chosen
 
     @property
@@ -128,24 +135,27 @@ class Layout:
         return (self.sizes[owner] - HEADER_BYTES) // 2
 
     @classmethod
-    def build(cls, buckets: Sequence[Sequence[Shape]], world_size: int) -> Layout:
+    def build(
+        cls, buckets: Sequence[Sequence[Shape]], world_size: int, starts: Sequence[Sequence[int]] | None = None
+    ) -> Layout:
         """Lay out a group of buckets.
 
         Args:
             buckets: the parameters of each bucket in the order in which they lie in its flat gradient.
             world_size: number of owners.
+            starts: where each parameter begins in its bucket; None where one follows the other.
         """
+        if starts is None:
+            starts = [[sum(s.num_elements for s in bucket[:k]) for k in range(len(bucket))] for bucket in buckets]
         # per bucket: start in the bucket, length, row, owner, home
         rows: list[list[tuple[int, int, int, int, int]]] = []
         row = 0
-        for bucket in buckets:
-            start = 0
+        for bucket, begins in zip(buckets, starts, strict=True):
             rows.append([])
-            for shape in bucket:
+            for shape, start in zip(bucket, begins, strict=True):
                 rows[-1] += [
                     (start + a, b - a, row, owner, shape.home + a) for owner, a, b in shards(shape, world_size)
                 ]
-                start += shape.num_elements
                 row += 1
         planes, elements = [0] * world_size, [0] * world_size
         places: list[list[int]] = []  # per bucket and piece: byte in its owner's mask planes
@@ -158,7 +168,7 @@ class Layout:
         sizes = [HEADER_BYTES + 2 * num_bytes for num_bytes in planes]
         offsets = [sum(sizes[:k]) for k in range(world_size)]
         return cls(
-            params=tuple(_params(buckets)),
+            params=tuple(_params(bucket, begins) for bucket, begins in zip(buckets, starts, strict=True)),
             pieces=tuple(_pieces(pieces, place, offsets, planes) for pieces, place in zip(rows, places, strict=True)),
             owners=tuple(np.asarray([piece[3] for piece in pieces], dtype=np.int64) for pieces in rows),
             shapes=tuple(shape for bucket in buckets for shape in bucket),
@@ -168,8 +178,9 @@ class Layout:
         )
 
 
-def _params(buckets: Sequence[Sequence[Shape]]) -> list[Spans]:
-    return [Spans.whole([shape.num_elements for shape in bucket]) for bucket in buckets]
+def _params(bucket: Sequence[Shape], starts: Sequence[int]) -> Spans:
+    length = np.asarray([shape.num_elements for shape in bucket], dtype=np.int64)
+    return Spans(np.asarray(starts, dtype=np.int64), length, np.arange(length.size, dtype=np.int64))
 
 
 def _pieces(

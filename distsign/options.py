@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +37,8 @@ class VoteOptions:
     wire: str
     bits_per_param: float | None
     l2: float
+    exclude: tuple[str, ...]
+    ranks_per_node: int
 
     @property
     def capped(self) -> bool:
@@ -53,6 +57,9 @@ class VoteOptions:
         wire: object,
         bits_per_param: object,
         l2: object,
+        exclude: object,
+        ranks_per_node: object,
+        is_subgroup: bool,
     ) -> VoteOptions:
         """Return the options with their defaults filled in.
 
@@ -91,6 +98,8 @@ class VoteOptions:
             str(wire),
             None if bits_per_param is None else float(bits_per_param),
             float(l2),
+            _names(exclude),
+            _ranks_per_node(ranks_per_node, exchange, is_subgroup=is_subgroup),
         )
 
 
@@ -128,3 +137,36 @@ def _owner_carry(owner_carry: object, bits_per_param: object) -> str | None:
         known = ", ".join(repr(kind) for kind in OWNER_CARRIES if kind is not None)
         raise ValueError(f"owner_carry must be True, False, or one of {known}, got {owner_carry!r}")
     return owner_carry
+
+
+def _names(exclude: object) -> tuple[str, ...]:
+    if exclude is None:
+        return ()
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        raise ValueError(f"exclude must be names of parameters in a list, got {exclude!r}")
+    names = tuple(exclude)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"exclude must be names of parameters, as in model.named_parameters(), got {names!r}")
+    return tuple(sorted(set(names)))
+
+
+def _ranks_per_node(value: object, exchange: object, *, is_subgroup: bool) -> int:
+    if exchange != "hierarchical":
+        if value is not None:
+            raise ValueError(
+                f"ranks_per_node is an option of exchange='hierarchical', got exchange={exchange!r}: leave it out"
+            )
+        return 1
+    if value is None:
+        if is_subgroup:
+            raise ValueError(
+                "exchange='hierarchical' in a process group of its own needs ranks_per_node: how many consecutive "
+                "ranks of the group share a node"
+            )
+        value = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"ranks_per_node must be a number of ranks of at least 1, got {value!r}: torchrun sets LOCAL_WORLD_SIZE, "
+            "which is taken where it is left out"
+        )
+    return value

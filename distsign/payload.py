@@ -3,6 +3,8 @@
 Uncapped, a payload is header and planes, and nothing is copied. Capped, it has room for a fixed number of votes: the
 cheaper of planes and sparse, which follows from the caps alone, so that both ends know it. In front of such a body lies
 the census, one bit a piece: more wanted to vote here than fits. All ranks see the owners' bits and steer by them.
+
+Components that are averaged instead of voted on travel behind the body, in float32, each owner's share of them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from distsign.layout import IntArray, Layout, Shape
 from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header
 from distsign.wire.sparse import SparseCode
 
-__all__ = ["Form", "caps_at", "density_for", "forms"]
+__all__ = ["Form", "Opened", "caps_at", "density_for", "forms"]
 
 _BYTE = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
@@ -37,6 +39,25 @@ def caps_at(density: float, length: IntArray, voters: int = 1) -> IntArray:
     return capped
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What payloads hold, one row a sender.
+
+    Attributes:
+        rows: uint8 `[num_senders, any]`, with the planes from byte `at` of each row.
+        at: see above.
+        crowded: bool `[num_senders, num_pieces]`, the census; None without caps.
+        raw: float32 `[num_senders, num_raw]`, components to average.
+        ok: bool, False for each body that is malformed.
+    """
+
+    rows: Tensor
+    at: int
+    crowded: Tensor | None
+    raw: Tensor
+    ok: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Form:
     """What the payloads of one direction are made of.
@@ -47,6 +68,7 @@ class Form:
         caps: int64 `[num_pieces]`, most votes of each piece of the group; None without a cap.
         codes: per owner, the sparse code of its body; None for planes.
         census_bytes: per owner.
+        raw_elements: per owner, components that are averaged.
         sizes: per owner, bytes of its payload.
     """
 
@@ -55,10 +77,13 @@ class Form:
     caps: IntArray | None
     codes: tuple[SparseCode | None, ...]
     census_bytes: tuple[int, ...]
+    raw_elements: tuple[int, ...]
     sizes: tuple[int, ...]
 
     @classmethod
-    def build(cls, layout: Layout, *, verdict: bool, caps: IntArray | None = None, wire: str = "auto") -> Form:
+    def build(
+        cls, layout: Layout, *, verdict: bool, caps: IntArray | None = None, wire: str = "auto", num_raw: int = 0
+    ) -> Form:
         """Decide how each owner's payload is coded.
 
         Args:
@@ -66,10 +91,13 @@ class Form:
             verdict: whether the payloads hold verdicts.
             caps: int64 `[num_pieces]`, see `caps_at`; None without a cap.
             wire: `"planes"`, `"sparse"` or `"auto"`, the shorter of both. Without caps all are planes.
+            num_raw: components of the group that are averaged, over all owners.
         """
         num_owners = len(layout.sizes)
+        raw = tuple((k + 1) * num_raw // num_owners - k * num_raw // num_owners for k in range(num_owners))
         if caps is None:
-            return cls(layout, verdict, None, (None,) * num_owners, (0,) * num_owners, layout.sizes)
+            whole = tuple(size + 4 * n for size, n in zip(layout.sizes, raw, strict=True))
+            return cls(layout, verdict, None, (None,) * num_owners, (0,) * num_owners, raw, whole)
         codes: list[SparseCode | None] = []
         census, sizes = [], []
         for owner in range(num_owners):
@@ -81,8 +109,9 @@ class Form:
                 code = None
             codes.append(code)
             census.append((numbers.size + 7) // 8)
-            sizes.append(HEADER_BYTES + census[-1] + (2 * num_bytes if code is None else code.num_bytes))
-        return cls(layout, verdict, caps, tuple(codes), tuple(census), tuple(sizes))
+            body_bytes = 2 * num_bytes if code is None else code.num_bytes
+            sizes.append(HEADER_BYTES + census[-1] + body_bytes + 4 * raw[owner])
+        return cls(layout, verdict, caps, tuple(codes), tuple(census), raw, tuple(sizes))
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -103,40 +132,43 @@ class Form:
             for code, n in zip(self.codes, elements, strict=True)
         )
 
-    def seal(self, planes: Tensor, crowded: Tensor | None, poisoned: Tensor, kernels: Kernels) -> Tensor:
+    def seal(self, planes: Tensor, crowded: Tensor | None, raw: Tensor, poisoned: Tensor, kernels: Kernels) -> Tensor:
         """Return the payloads for all owners in one buffer, uint8 `[buffer_bytes]`.
 
         Args:
-            planes: uint8 `[layout.buffer_bytes]`, planes of all owners where the layout puts them; written to.
+            planes: uint8 `[layout.buffer_bytes]`, planes of all owners where the layout puts them.
             crowded: bool `[num_pieces]`, the census; None without caps.
+            raw: float32 `[num_raw]`, the components to average.
             poisoned: bool scalar tensor; the body of a poisoned payload is zeros or void.
             kernels: backend of the device.
         """
         sealed = []
+        shares = torch.split(raw, list(self.raw_elements))
         for owner, at in enumerate(self.layout.offsets):
             body = planes[at + HEADER_BYTES : at + self.layout.sizes[owner]]
             chosen = None if crowded is None else crowded[self._numbers(owner, planes.device)]
-            sealed.append(self.seal_one(owner, body, chosen, poisoned, kernels))
+            sealed.append(self.seal_one(owner, body, chosen, shares[owner], poisoned, kernels))
         return torch.cat(sealed)
 
     def seal_one(
-        self, owner: int, planes: Tensor, crowded: Tensor | None, poisoned: Tensor, kernels: Kernels
+        self, owner: int, planes: Tensor, crowded: Tensor | None, raw: Tensor, poisoned: Tensor, kernels: Kernels
     ) -> Tensor:
-        """Return one owner's payload, uint8 `[sizes[owner]]`; `planes` and `crowded` are those of its pieces."""
+        """Return one owner's payload, uint8 `[sizes[owner]]`; planes, census and raw are those of its share."""
         payload = torch.empty(self.sizes[owner], dtype=torch.uint8, device=planes.device)
         payload[:HEADER_BYTES] = self._header_bytes(owner, planes.device)
         payload[POISON_BYTE] |= poisoned.to(torch.uint8) * POISON_FLAG
-        start = HEADER_BYTES + self.census_bytes[owner]
+        start, end = HEADER_BYTES + self.census_bytes[owner], self.sizes[owner] - 4 * self.raw_elements[owner]
         code = self.codes[owner]
         if crowded is not None:
             payload[HEADER_BYTES:start] = _pack_bits(crowded & ~poisoned)
         if code is None:
-            torch.where(poisoned, planes.new_zeros(()), planes, out=payload[start:])
+            torch.where(poisoned, planes.new_zeros(()), planes, out=payload[start:end])
         else:
-            kernels.encode_sparse(planes, self.layout.plane_bytes(owner), code, payload[start:])
+            kernels.encode_sparse(planes, self.layout.plane_bytes(owner), code, payload[start:end])
+        payload[end:] = raw.view(torch.uint8)
         return payload
 
-    def open(self, owner: int, payloads: Tensor, kernels: Kernels) -> tuple[Tensor, int, Tensor | None, Tensor]:
+    def open(self, owner: int, payloads: Tensor, kernels: Kernels) -> Opened:
         """Read the bodies of one owner's payloads from several senders; headers are checked elsewhere.
 
         Args:
@@ -144,42 +176,45 @@ class Form:
             payloads: uint8 `[num_senders, sizes[owner]]`, contiguous.
             kernels: backend of the device.
 
-        Returns:
-            `(rows, at, crowded, ok)`: uint8 rows that hold the planes of each sender from byte `at`; bool
-            `[num_senders, num_pieces]`, None without caps; bool `[num_senders]`, False where a body is malformed.
         """
-        start = HEADER_BYTES + self.census_bytes[owner]
+        start, end = HEADER_BYTES + self.census_bytes[owner], self.sizes[owner] - 4 * self.raw_elements[owner]
+        # Copied as bytes, since they need not lie where a float may.
+        raw = torch.empty(payloads.shape[0], self.raw_elements[owner], device=payloads.device)
+        raw.view(torch.uint8).copy_(payloads[:, end:])
         num_pieces = self._numbers(owner, payloads.device).numel()
         crowded = None if self.caps is None else _unpack_bits(payloads[:, HEADER_BYTES:start], num_pieces)
         code = self.codes[owner]
         if code is None:
-            return payloads, start, crowded, payloads.new_ones(payloads.shape[0], dtype=torch.bool)
+            return Opened(payloads, start, crowded, raw, payloads.new_ones(payloads.shape[0], dtype=torch.bool))
         num_bytes = self.layout.plane_bytes(owner)
         rows = torch.empty(payloads.shape[0], 2 * num_bytes, dtype=torch.uint8, device=payloads.device)
-        ok = [kernels.decode_sparse(payloads[k, start:], code, num_bytes, row) for k, row in enumerate(rows)]
-        return rows, 0, crowded, torch.stack(ok)
+        ok = [kernels.decode_sparse(payloads[k, start:end], code, num_bytes, row) for k, row in enumerate(rows)]
+        return Opened(rows, 0, crowded, raw, torch.stack(ok))
 
-    def open_all(self, buffer: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Read the payloads of all owners.
+    def open_all(self, buffer: Tensor, kernels: Kernels) -> Opened:
+        """Read the payloads of all owners as one, whose planes lie where the layout puts them.
 
-        Returns:
-            `(planes, crowded, ok)`: uint8 `[layout.buffer_bytes]`, planes where the layout puts them (its headers mean
-            nothing); the census, bool `[num_pieces]`, None without caps; bool `[num_owners]`.
+        Its headers mean nothing.
         """
-        if self.caps is None:
-            return buffer, None, buffer.new_ones(len(self.sizes), dtype=torch.bool)
-        planes = torch.empty(self.layout.buffer_bytes, dtype=torch.uint8, device=buffer.device)
-        crowded = torch.zeros(self.caps.size, dtype=torch.bool, device=buffer.device)
-        oks = []
+        if self.caps is None and not any(self.raw_elements):
+            return Opened(
+                buffer.unsqueeze(0), 0, None, buffer.new_zeros(1, 0, dtype=torch.float32), buffer.new_ones(1).bool()
+            )
+        planes = torch.empty(1, self.layout.buffer_bytes, dtype=torch.uint8, device=buffer.device)
+        crowded = None
+        if self.caps is not None:
+            crowded = torch.zeros(1, self.caps.size, dtype=torch.bool, device=buffer.device)
+        parts = []
         for owner, at in enumerate(self.offsets):
-            rows, start, mine, ok = self.open(owner, buffer[at : at + self.sizes[owner]].unsqueeze(0), kernels)
+            part = self.open(owner, buffer[at : at + self.sizes[owner]].unsqueeze(0), kernels)
             first = self.layout.offsets[owner] + HEADER_BYTES
             num_bytes = 2 * self.layout.plane_bytes(owner)
-            planes[first : first + num_bytes] = rows[0, start : start + num_bytes]
-            assert mine is not None
-            crowded[self._numbers(owner, buffer.device)] = mine[0]
-            oks.append(ok)
-        return planes, crowded, torch.cat(oks)
+            planes[0, first : first + num_bytes] = part.rows[0, part.at : part.at + num_bytes]
+            if crowded is not None and part.crowded is not None:
+                crowded[0, self._numbers(owner, buffer.device)] = part.crowded[0]
+            parts.append(part)
+        raw = torch.cat([part.raw for part in parts], dim=1)
+        return Opened(planes, 0, crowded, raw, torch.cat([part.ok for part in parts]))
 
     @cached_property
     def _tables(self) -> dict[tuple[str, int, torch.device], Tensor]:
@@ -199,7 +234,9 @@ class Form:
         return self._tables[key]
 
 
-def forms(layout: Layout, density: float | None, wire: str, *, owner_carry: bool) -> tuple[Form, Form]:
+def forms(
+    layout: Layout, density: float | None, wire: str, *, owner_carry: bool, num_raw: int = 0
+) -> tuple[Form, Form]:
     """Return the forms of a group's ballots and verdicts.
 
     Args:
@@ -207,14 +244,16 @@ def forms(layout: Layout, density: float | None, wire: str, *, owner_carry: bool
         density: share of the components that payloads have slots for; None without a cap, planes.
         wire: `"planes"`, `"sparse"` or `"auto"`, with a density.
         owner_carry: whether owners keep what does not fit; else verdicts have slots for the ballots of all.
+        num_raw: components that are averaged.
     """
     if density is None:
-        return Form.build(layout, verdict=False), Form.build(layout, verdict=True)
+        ballots, verdicts = (Form.build(layout, verdict=verdict, num_raw=num_raw) for verdict in (False, True))
+        return ballots, verdicts
     length, num_owners = layout.all_pieces.length, len(layout.sizes)
-    ballots = Form.build(layout, verdict=False, caps=caps_at(density, length), wire=wire)
+    ballots = Form.build(layout, verdict=False, caps=caps_at(density, length), wire=wire, num_raw=num_raw)
     # Without a carry at the owner nothing may be left behind there, and there are at most so many verdicts.
     back = caps_at(density, length, 1 if owner_carry else num_owners)
-    return ballots, Form.build(layout, verdict=True, caps=back, wire=wire)
+    return ballots, Form.build(layout, verdict=True, caps=back, wire=wire, num_raw=num_raw)
 
 
 def _pack_bits(bits: Tensor) -> Tensor:

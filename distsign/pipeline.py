@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 
-from distsign.exchange import VoteExchange
+from distsign.exchange import Verdicts, VoteExchange
 from distsign.exchange_thread import ExchangeThread
 from distsign.kernels import kernels_for
-from distsign.layout import Layout, Shape
+from distsign.layout import Shape
 from distsign.options import VoteOptions
 from distsign.owner import Owner, Piece, make_owner
-from distsign.payload import Form, density_for, forms
+from distsign.payload import density_for
+from distsign.plan import Column, Part, Plan, part_of
 from distsign.registry import ParameterRegistry, VoteError
 from distsign.statistics import VoteCounts
 from distsign.steering import DensityLadder, Steering
@@ -46,19 +47,6 @@ class _Bucket:
     gradient: Tensor
     rows: tuple[int, ...]
     future: Future[Tensor]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Everything about an exchange group that depends on its shape and the density alone."""
-
-    layout: Layout
-    ballots: Form
-    verdicts: Form
-    rows: Tensor
-    piece_row: Tensor
-    slots: Tensor
-    lengths: Tensor
 
 
 class VotePipeline:
@@ -83,7 +71,8 @@ class VotePipeline:
         self.ladder = DensityLadder() if options.capped and options.bits_per_param is None else None
         self._density: float | None = None
         self._thread = ExchangeThread("distsign-exchange")
-        self._plans: dict[object, _Plan] = {}
+        self._plans: dict[object, Plan] = {}
+        self._excluded: frozenset[int] = frozenset()
         self._group: list[_Bucket] = []
         self._error: VoteError | None = None
         self._in_backward = False
@@ -95,11 +84,9 @@ class VotePipeline:
         if self._error is not None:
             raise self._error
 
-    def lr_scale(self, row: int | None) -> float | Tensor:
-        """Return the factor on the learning rate of a parameter; 1 where it is not voted on."""
-        if row is None:
-            return 1.0
-        scale = self.steering.lr_scale(row)
+    def lr_scale(self) -> float | Tensor:
+        """Return the factor on the learning rate of the last step."""
+        scale = self.steering.lr_scale
         return float(scale) if scale.device.type == "cpu" else scale
 
     def close(self) -> None:
@@ -169,8 +156,15 @@ class VotePipeline:
         self._thread.wait()
         self.raise_if_broken()
 
+    def _part(self, row: int) -> Part:
+        return Part(row, self._registry.num_elements(row), voted=row not in self._excluded)
+
     def _grow(self, device: torch.device) -> None:
-        lengths = [self._registry.num_elements(row) for row in range(len(self._registry))]
+        column = 0 if self.exchange is None else self.exchange.local_rank
+        lengths = []
+        for row in range(len(self._registry)):
+            part = part_of(self._part(row), column, self.options.ranks_per_node)
+            lengths.append(part.length if part.voted else 0)
         self.voter.grow(lengths, device)
         self.steering.grow(len(lengths), device)
 
@@ -180,59 +174,64 @@ class VotePipeline:
             factor = (self.options.l2 * scale * gradient.any()).to(gradient.dtype)
             gradient.add_(parameter.detach().to(gradient.dtype) * factor)
 
-    def _plan(self, device: torch.device) -> _Plan:
+    def _plan(self, device: torch.device) -> Plan:
         assert self.exchange is not None
         buckets = tuple(bucket.rows for bucket in self._group)
         key = (buckets, self._density)
         if key not in self._plans:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            shapes = [
-                [Shape(row, self._registry.num_elements(row), self.voter.home(row)) for row in rows] for rows in buckets
-            ]
-            layout = Layout.build(shapes, self.exchange.world_size)
-            keeps = self.options.owner_carry is not None
-            ballots, verdicts = forms(layout, self._density, self.options.wire, owner_carry=keeps)
-            pieces = layout.all_pieces
-            piece_row = torch.from_numpy(pieces.row).to(device)
-            slots = torch.from_numpy(pieces.length if verdicts.caps is None else verdicts.caps).to(device)
-            lengths = torch.tensor([shape.num_elements for shape in layout.shapes], device=device)
-            self._plans[key] = _Plan(
-                layout,
-                ballots,
-                verdicts,
-                rows=torch.tensor([row for rows in buckets for row in rows], device=device),
-                piece_row=piece_row,
-                slots=torch.zeros_like(lengths).index_add_(0, piece_row, slots),
-                lengths=lengths,
+            self._plans[key] = Plan.build(
+                [[self._part(row) for row in rows] for rows in buckets],
+                [self.voter.home(row) for row in range(len(self._registry))],
+                self.options.ranks_per_node,
+                self.exchange.num_voters,
+                density=self._density,
+                wire=self.options.wire,
+                owner_carry=self.options.owner_carry is not None,
+                device=device,
             )
         return self._plans[key]
 
     def _flush(self, scale: Tensor, *, is_last: bool) -> None:
         """Cast the ballots of the buckets that have gathered, and send them on their way."""
+        assert self.exchange is not None
         device = self._group[0].gradient.device
         plan = self._plan(device)
-        kernels = kernels_for(device)
         group, self._group = self._group, []
-        planes = torch.empty(plan.layout.buffer_bytes, dtype=torch.uint8, device=device)
-        cast = self.voter.cast(
-            [bucket.gradient.float() for bucket in group],
-            plan.layout,
-            plan.rows,
-            scale=scale,
-            kernels=kernels,
-            out=planes,
-            factors=self.steering.of(plan.rows),
-            caps=plan.ballots.caps,
-            starts=rotating_starts(plan.layout, self._counts.num_steps),
-        )
-        ballots = plan.ballots.seal(planes, cast.crowded, ~cast.finite, kernels)
-        self._counts.ballots(plan.layout.num_elements, cast.num_ballots)
+        self._counts.exchanged(sum(bucket.gradient.numel() for bucket in group))
+        ballots = None
+        if self.options.ranks_per_node == 1:
+            column = plan.columns[0]
+            wide = [bucket.gradient.float() for bucket in group]
+            raw = torch.cat([scale.new_zeros(0).float(), *(wide[k][a : a + n] for k, a, n in column.raw_runs)])
+            ballots = self._cast(column, wide, raw, scale)
         job = partial(self._run, group, plan, ballots, scale, is_last)
         if device.type == "cpu":
             self._thread.submit(job)
         else:
-            self._run_beside(job, [ballots, scale, *(bucket.gradient for bucket in group)])
+            kept = [] if ballots is None else [ballots]
+            self._run_beside(job, [scale, *kept, *(bucket.gradient for bucket in group)])
+
+    def _cast(self, column: Column, grads: list[Tensor], raw: Tensor, scale: Tensor) -> Tensor:
+        """Return the payloads of this rank's ballots on a column's share."""
+        device = raw.device
+        kernels = kernels_for(device)
+        planes = torch.empty(column.layout.buffer_bytes, dtype=torch.uint8, device=device)
+        cast = self.voter.cast(
+            grads,
+            column.layout,
+            column.rows,
+            scale=scale,
+            kernels=kernels,
+            out=planes,
+            factors=self.steering.of(column.rows),
+            caps=column.ballots.caps,
+            starts=rotating_starts(column.layout, self._counts.num_steps),
+            forget=self.options.bits_per_param is not None and not self.options.confidence.fills_budget,
+        )
+        self._counts.ballots(column.layout.num_elements, cast.num_ballots)
+        return column.ballots.seal(planes, cast.crowded, raw, ~(cast.finite & raw.isfinite().all()), kernels)
 
     def _run_beside(self, job: Callable[[], None], tensors: list[Tensor]) -> None:
         """Enqueue a job on the side stream, after what the current stream has done; the host does not wait."""
@@ -247,7 +246,7 @@ class VotePipeline:
 
     # ------------------------------------------------------------------- on the exchange thread, or the side stream
 
-    def _run(self, group: list[_Bucket], plan: _Plan, ballots: Tensor, scale: Tensor, is_last: bool) -> None:
+    def _run(self, group: list[_Bucket], plan: Plan, ballots: Tensor | None, scale: Tensor, is_last: bool) -> None:
         """Exchange a group, write its verdicts into the buckets, and fulfil their futures; never raises."""
         try:
             if self._error is None:
@@ -258,8 +257,9 @@ class VotePipeline:
                     self._end_step()
         except BaseException as error:  # noqa: BLE001  (it is raised again where the user can see it)
             assert self.exchange is not None
+            num_elements = sum(bucket.gradient.numel() for bucket in group)
             self._error = VoteError(
-                f"the vote on {len(group)} bucket(s) of {plan.layout.num_elements:,} elements failed on "
+                f"the vote on {len(group)} bucket(s) of {num_elements:,} elements failed on "
                 f"{self.exchange.describe()}: {type(error).__name__}: {error}"
             )
             self._error.__cause__ = error
@@ -272,35 +272,76 @@ class VotePipeline:
             else:
                 bucket.future.set_exception(self._error)  # type: ignore[arg-type]
 
-    def _vote(self, group: list[_Bucket], plan: _Plan, ballots: Tensor, scale: Tensor) -> None:
+    def _vote(self, group: list[_Bucket], plan: Plan, ballots: Tensor | None, scale: Tensor) -> None:
         assert self.exchange is not None and self.owner is not None
+        exchange, column = self.exchange, plan.columns[self.exchange.local_rank]
+        if ballots is None:
+            ballots = self._cast(column, *self._mean_in_node(group, plan), scale)
         kernels = kernels_for(ballots.device)
-        starts = rotating_starts(plan.layout, self._counts.num_steps)
-        found = self.exchange.vote(plan.ballots, plan.verdicts, ballots, self.owner, starts, kernels)
-        self._poisoned = self._poisoned.to(found.poisoned.device) | found.poisoned
-        counts = torch.zeros_like(plan.lengths)
-        for bucket, pieces in zip(group, plan.layout.pieces, strict=True):
+        starts = rotating_starts(column.layout, self._counts.num_steps)
+        payloads = [exchange.vote(column.ballots, column.verdicts, ballots, self.owner, starts, kernels)]
+        if self.options.ranks_per_node > 1:
+            payloads = exchange.share_in_node(payloads[0], [each.verdicts.buffer_bytes for each in plan.columns])
+        # Half precision is written by way of float32.
+        out = [bucket.gradient.float() for bucket in group]
+        poisoned = torch.zeros((), dtype=torch.bool, device=ballots.device)
+        seen = torch.zeros(4, len(self._registry), dtype=torch.int64, device=ballots.device)
+        for each, payload in zip(plan.columns, payloads, strict=True):
+            found = exchange.read(each.verdicts, payload, kernels)
+            poisoned = poisoned | found.poisoned
+            self._write(group, out, each, found, scale, seen)
+        self._take_note(group, seen)
+        self._poisoned = self._poisoned.to(poisoned.device) | poisoned
+        for bucket, wide in zip(group, out, strict=True):
             gradient = bucket.gradient
-            out = gradient if gradient.dtype == torch.float32 else torch.empty_like(gradient, dtype=torch.float32)
-            # In half precision a loss scale may be out of range, and an infinity would read as a bad number.
-            value = scale.clamp(max=torch.finfo(gradient.dtype).max).float()
-            mine = kernels.unpack(found.planes, pieces, value, out)
-            counts[: mine.numel()] += mine
-            if out is not gradient:
-                gradient.copy_(out)
+            if wide is not gradient:
+                gradient.copy_(wide)
             if gradient.device.type != "cpu":
-                gradient.masked_fill_(found.poisoned, math.nan)
-            elif found.poisoned:
+                gradient.masked_fill_(poisoned, math.nan)
+            elif poisoned:
                 gradient.fill_(math.nan)
-        self._counts.verdicts(counts.sum())
+
+    def _mean_in_node(self, group: list[_Bucket], plan: Plan) -> tuple[list[Tensor], Tensor]:
+        """Return the node's mean gradient on this rank's share: per bucket what is voted on, and what is averaged."""
+        assert self.exchange is not None
+        buffer = torch.cat([group[k].gradient[a : a + n] for each in plan.columns for k, a, n in each.runs])
+        mean = self.exchange.mean_in_node(buffer, [each.num_elements for each in plan.columns])
+        column = plan.columns[self.exchange.local_rank]
+        *voted, raw = torch.split(mean, [*column.num_voted, column.num_raw])
+        return voted, raw
+
+    def _write(
+        self, group: list[_Bucket], out: list[Tensor], column: Column, found: Verdicts, scale: Tensor, seen: Tensor
+    ) -> None:
+        """Write a column's verdicts and averages into float32 buckets.
+
+        `seen`, int64 `[4, num_params]`, is added to: verdicts, slots, components in crowded pieces, components.
+        """
+        kernels = kernels_for(found.planes.device)
+        counts = torch.zeros_like(column.lengths)
+        for bucket, wide, pieces in zip(group, out, column.targets, strict=True):
+            # In half precision a loss scale may be out of range, and an infinity would read as a bad number.
+            value = scale.clamp(max=torch.finfo(bucket.gradient.dtype).max).float()
+            mine = kernels.unpack(found.planes, pieces, value, wide)
+            counts[: mine.numel()] += mine
+        means = torch.split(found.mean, [length for _, _, length in column.raw_runs])
+        for (k, start, length), mean in zip(column.raw_runs, means, strict=True):
+            out[k][start : start + length] = mean
+        crowded = torch.zeros_like(counts)
         if found.crowded is not None:
-            weight = torch.from_numpy(plan.layout.all_pieces.length).to(counts.device)
+            crowded.index_add_(0, column.piece_row, column.piece_length * found.crowded)
+        seen.index_add_(1, column.rows, torch.stack([counts, column.slots, crowded, column.lengths]))
+
+    def _take_note(self, group: list[_Bucket], seen: Tensor) -> None:
+        """Count a group's verdicts, and let what steers see them."""
+        self._counts.verdicts(seen[3].sum(), seen[0].sum())
+        if self.options.capped:
+            rows = torch.tensor([row for bucket in group for row in bucket.rows], device=seen.device)
+            verdicts, slots, crowded, lengths = seen[:, rows]
             # A parameter is crowded where most of its components lie in crowded pieces.
-            share = torch.zeros_like(counts).index_add_(0, plan.piece_row, weight * found.crowded)
-            crowded = 2 * share > plan.lengths
-            self.steering.observe(plan.rows, counts, plan.slots, crowded)
+            self.steering.observe(rows, verdicts, slots, 2 * crowded > lengths)
             if self.ladder is not None:
-                self.ladder.observe(counts, plan.slots, crowded, plan.lengths)
+                self.ladder.observe(verdicts, slots, crowded, lengths)
 
     def _end_step(self) -> None:
         assert self.owner is not None
@@ -321,7 +362,7 @@ class VotePipeline:
         return {
             "voter": {name: self.voter.kept(row) for name, row in names.items() if row < known},
             "owner": {(name_of[row], start, length): value for (row, start, length), value in kept.items()},
-            "num_voters": 1 if self.exchange is None else self.exchange.world_size,
+            "num_voters": 1 if self.exchange is None else self.exchange.num_voters,
             "steering": self.steering.state_dict(names),
             "ladder": None if self.ladder is None else self.ladder.state_dict(),
         }

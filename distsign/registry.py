@@ -69,6 +69,22 @@ class ParameterRegistry:
             )
         return {name: row for row, name in self._name_by_row.items()}
 
+    def rows_of(self, names: Iterable[str]) -> list[int]:
+        """Return the rows of these names, with or without the `module.` that DDP puts in front.
+
+        Raises:
+            ValueError: if a parameter of that name is not known.
+        """
+        rows = {name.removeprefix("module."): row for name, row in self._row_by_name.items()}
+        strangers = [name for name in names if name.removeprefix("module.") not in rows]
+        if strangers:
+            raise ValueError(
+                f"exclude names {strangers[0]!r}, which is none of the {len(rows)} parameters that are known: take "
+                "names of model.named_parameters(), and pass vote_state=state and model.named_parameters() to the "
+                "optimizer before the first backward"
+            )
+        return [rows[name.removeprefix("module.")] for name in names]
+
     @property
     def is_named(self) -> bool:
         """Whether `track` has been called."""

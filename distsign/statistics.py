@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ class VoteCounts:
         self.num_steps = 0
         self._elements_exchanged = 0
         self._num_elements = 0
-        self._step = torch.zeros(2, dtype=torch.int64)
-        # poisoned steps; and of the others elements, ballots and verdicts
-        self._totals = torch.zeros(4, dtype=torch.int64)
+        self._step = torch.zeros(3, dtype=torch.int64)
+        # poisoned steps; and of the others components cast, ballots, components decided, verdicts
+        self._totals = torch.zeros(5, dtype=torch.int64)
 
     def begin_step(self) -> None:
         """Start a step; what an unfinished one had counted is dropped."""
@@ -33,35 +34,38 @@ class VoteCounts:
         self._num_elements = 0
         self._step = torch.zeros_like(self._step)
 
-    def ballots(self, num_elements: int, num_ballots: Tensor) -> None:
-        """Count one exchange group's elements and this rank's ballots on them."""
-        self._num_elements += num_elements
+    def exchanged(self, num_elements: int) -> None:
+        """Count the components of a group's buckets."""
         self._elements_exchanged += num_elements
+
+    def ballots(self, num_elements: int, num_ballots: Tensor) -> None:
+        """Count the components that this rank could vote on in a group, and its ballots on them."""
+        self._num_elements += num_elements
         self._step = self._step.to(num_ballots.device)
         self._step[0] += num_ballots
 
-    def verdicts(self, num_verdicts: Tensor) -> None:
-        """Count the verdicts on one bucket."""
-        self._step[1] += num_verdicts
+    def verdicts(self, num_elements: Tensor, num_verdicts: Tensor) -> None:
+        """Count the components that a group's vote decided on, and the verdicts other than 0."""
+        self._step[1] += num_elements
+        self._step[2] += num_verdicts
 
     def end_step(self, poisoned: Tensor) -> None:
         """Add the step to the totals, unless it was poisoned."""
         clean = torch.cat([self._step.new_tensor([0, self._num_elements]), self._step])
-        bad = clean.new_tensor([1, 0, 0, 0])
+        bad = clean.new_tensor([1, 0, 0, 0, 0])
         self._totals = self._totals.to(clean.device) + torch.where(poisoned, bad, clean)
 
     def traffic(self, counted: ExchangeBytes, world_size: int) -> Traffic:
         """Return the report. Waits for the device."""
-        poisoned_steps, elements, ballots, verdicts = self._totals.tolist()
+        poisoned_steps, num_cast, ballots, num_decided, verdicts = self._totals.tolist()
         return Traffic(
-            sent_bytes=counted.sent_bytes,
-            received_bytes=counted.received_bytes,
+            **asdict(counted),
             fp32_bytes=ring_all_reduce_bytes(self._elements_exchanged, 4, world_size),
             bf16_bytes=ring_all_reduce_bytes(self._elements_exchanged, 2, world_size),
             num_steps=self.num_steps,
             num_poisoned_steps=poisoned_steps,
-            ballot_density=ballots / elements if elements else 0.0,
-            verdict_density=verdicts / elements if elements else 0.0,
+            ballot_density=ballots / num_cast if num_cast else 0.0,
+            verdict_density=verdicts / num_decided if num_decided else 0.0,
         )
 
     def state_dict(self) -> dict[str, object]:

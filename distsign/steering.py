@@ -23,13 +23,15 @@ FILL = 0.8
 LOWEST, HIGHEST = 1.0 / 64.0, 64.0
 """Bounds of the factor on a threshold."""
 
+_LAST_RUNG = 96
+
 
 class Steering:
-    """The factor on each parameter's threshold, and on its learning rate.
+    """The factors on each parameter's threshold, and on the learning rate.
 
-    Without a budget it is the confidence function's warm-up, a function of the clean steps so far. With one it starts
-    where the warm-up does, and is then steered per parameter so that verdicts fill their slots: more where the last
-    step's verdicts left slots free, less where they, or the ballots of half of the workers, did not fit.
+    Both follow the confidence function's warm-up, a function of the clean steps so far. Under a budget thresholds may
+    be steered on top of it, per parameter, so that verdicts fill their slots: lower where the last step's verdicts left
+    slots free, higher where they, or the ballots of half of the workers, did not fit.
 
     Args:
         confidence: the confidence function.
@@ -37,38 +39,33 @@ class Steering:
     """
 
     def __init__(self, confidence: Confidence, *, budgeted: bool) -> None:
-        self.budgeted = budgeted
-        self._warm_up = torch.tensor(confidence.warm_up(), dtype=torch.float64)
+        self.steered = budgeted and confidence.fills_budget
+        thresholds, rates = confidence.warm_up(budgeted=budgeted)
+        self._thresholds = torch.tensor(thresholds, dtype=torch.float64)
+        self._rates = torch.tensor(rates, dtype=torch.float64)
         self.clean_steps = torch.zeros((), dtype=torch.int64)
         self.factors = torch.zeros(0, dtype=torch.float64)
-        self._used = self.factors
+        self._warm = torch.ones((), dtype=torch.float64)
+        self.lr_scale = torch.ones((), dtype=torch.float64)
         self._pending: list[tuple[Tensor, Tensor]] = []
 
     def grow(self, num_params: int, device: torch.device) -> None:
         """Make room for parameters up to `num_params`, on this device."""
-        if self.factors.device != device:
-            self._warm_up, self.clean_steps = self._warm_up.to(device), self.clean_steps.to(device)
-            self.factors, self._used = self.factors.to(device), self._used.to(device)
+        for name in ("_thresholds", "_rates", "clean_steps", "factors", "_warm", "lr_scale"):
+            setattr(self, name, getattr(self, name).to(device))
         missing = num_params - self.factors.numel()
         if missing > 0:
-            self.factors = torch.cat([self.factors, self._warm_up[0].expand(missing)])
-            self._used = torch.cat([self._used, self._warm_up[0].expand(missing)])
+            self.factors = torch.cat([self.factors, self.factors.new_ones(missing)])
 
     def begin_step(self) -> None:
         """Fix the factors of this step; forget what a step that broke off had observed."""
         self._pending.clear()
-        if not self.budgeted:
-            at = self.clean_steps.clamp(max=self._warm_up.numel() - 1)
-            self.factors = self._warm_up[at].expand_as(self.factors).clone()
-        self._used = self.factors
+        self._warm = self._thresholds[self.clean_steps.clamp(max=self._thresholds.numel() - 1)]
+        self.lr_scale = self._rates[self.clean_steps.clamp(max=self._rates.numel() - 1)]
 
     def of(self, rows: Tensor) -> Tensor:
-        """Return the factors of these parameters in this step, float64."""
-        return self._used[rows]
-
-    def lr_scale(self, row: int) -> Tensor:
-        """Return the factor on a parameter's learning rate in the last step, a float64 scalar tensor."""
-        return self._used[row]
+        """Return the factors on the thresholds of these parameters in this step, float64."""
+        return self.factors[rows] * self._warm
 
     def observe(self, rows: Tensor, verdicts: Tensor, slots: Tensor, crowded: Tensor) -> None:
         """Take note of how a group's verdicts filled their slots.
@@ -79,10 +76,10 @@ class Steering:
             slots: int64 `[num_rows]`, most that fit.
             crowded: bool `[num_rows]`, whether more wanted to vote.
         """
-        if self.budgeted:
+        if self.steered:
             free = 1.0 - verdicts / (FILL * slots.clamp(min=1))
             free = torch.where(crowded, -1.0, free.clamp(-1.0, 1.0))
-            steered = (self._used[rows] * (1.0 - GAIN * free)).clamp(LOWEST, HIGHEST)
+            steered = (self.factors[rows] * (1.0 - GAIN * free)).clamp(LOWEST, HIGHEST)
             self._pending.append((rows, steered))
 
     def commit(self, poisoned: Tensor) -> None:
@@ -103,15 +100,16 @@ class Steering:
         self.clean_steps = torch.full_like(self.clean_steps, state["clean_steps"])
         for name, value in state["factors"].items():
             self.factors[names[name]] = value
-        self._used = self.factors
 
 
 class DensityLadder:
     """The density of the slots in payloads whose size no budget fixes, by what all ranks have seen.
 
-    Rungs are a quarter of an octave apart. Where more than a tenth of the components lie in crowded pieces it climbs
-    two; where none of late did it goes down one, or four while nearly all slots are free. What did not fit meanwhile
-    waits in the carries. Counts come to the host one step late on CUDA, so that it never waits for work in progress.
+    Rungs are an eighth of an octave apart. Where most components lie in crowded pieces it climbs, twice as far each
+    time that this happens again; else it goes down by one, or by an octave while nearly all slots are free. So about as
+    many steps have a few slots too few as too many. What did not fit meanwhile waits in the carries, and is not many
+    steps old, since what waits crowds the next step too. Counts come to the host one step late on CUDA, so that it
+    never waits for work in progress.
 
     Attributes:
         rung: now; 0 is a slot for every component.
@@ -119,14 +117,14 @@ class DensityLadder:
 
     def __init__(self) -> None:
         self.rung = 0
-        self._patience = 0
+        self._climbed = 0
         self._seen: tuple[Tensor, Any] | None = None
         self._step: list[Tensor] = []
 
     @property
     def density(self) -> float:
         """Share of the components that have a slot."""
-        return float(2.0 ** (-self.rung / 4))
+        return float(2.0 ** (-self.rung / 8))
 
     def begin_step(self) -> None:
         """Move by what the last step showed."""
@@ -140,17 +138,16 @@ class DensityLadder:
         poisoned, verdicts, slots, crowded, elements = counts.tolist()
         if poisoned:
             return
-        if 10 * crowded > elements:
-            self.rung, self._patience = max(0, self.rung - 2), _PATIENCE
-        elif self._patience:
-            self._patience -= 1
-        elif self.rung < _LAST_RUNG:
-            self.rung += 4 if 10 * verdicts < slots else 1
-            self._patience = _PATIENCE // 4
+        if 2 * crowded > elements:
+            self._climbed = min(2 * self._climbed, 8) or 1
+            self.rung = max(0, self.rung - self._climbed)
+        else:
+            self._climbed = 0
+            self.rung = min(_LAST_RUNG, self.rung + (8 if 10 * verdicts < slots else 1))
 
     def observe(self, verdicts: Tensor, slots: Tensor, crowded: Tensor, lengths: Tensor) -> None:
-        """Take note of a group: int64 `[num_rows]` verdicts, slots and sizes, bool `[num_rows]` crowded."""
-        self._step.append(torch.stack([verdicts.sum(), slots.sum(), (crowded * lengths).sum(), lengths.sum()]))
+        """Take note of a group, int64 `[num_rows]` each: verdicts, slots, components in crowded pieces, components."""
+        self._step.append(torch.stack([verdicts.sum(), slots.sum(), crowded.sum(), lengths.sum()]))
 
     def commit(self, poisoned: Tensor) -> None:
         """End the step."""
@@ -165,12 +162,8 @@ class DensityLadder:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
         self.begin_step()  # settle what was seen; the next step begins from it in any case
-        return {"rung": self.rung, "patience": self._patience}
+        return {"rung": self.rung, "climbed": self._climbed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`."""
-        self.rung, self._patience, self._seen = state["rung"], state["patience"], None
-
-
-_PATIENCE = 16
-_LAST_RUNG = 48
+        self.rung, self._climbed, self._seen = state["rung"], state["climbed"], None

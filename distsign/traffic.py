@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from distsign.layout import Layout, Shape
 from distsign.payload import forms
@@ -18,13 +18,17 @@ class ExchangeBytes:
     Args:
         sent_bytes: to other ranks; what a rank hands to itself is not on the wire.
         received_bytes: from other ranks.
+        sent_within_bytes: of these, to ranks of the same node.
+        received_within_bytes: likewise.
     """
 
     sent_bytes: int = 0
     received_bytes: int = 0
+    sent_within_bytes: int = 0
+    received_within_bytes: int = 0
 
     def __add__(self, other: ExchangeBytes) -> ExchangeBytes:
-        return ExchangeBytes(self.sent_bytes + other.sent_bytes, self.received_bytes + other.received_bytes)
+        return ExchangeBytes(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Traffic:
     Args:
         sent_bytes: payload bytes to other ranks, counted where the collective is called.
         received_bytes: payload bytes from other ranks, likewise.
+        sent_within_bytes: of the bytes sent, those to ranks of the same node in the hierarchical exchange; the others
+            go between nodes.
+        received_within_bytes: likewise.
         fp32_bytes: sent + received bytes of a ring all-reduce of the same elements in fp32.
         bf16_bytes: the same in bf16 (or fp16).
         num_steps: backward passes that exchanged gradients, poisoned ones included.
@@ -44,6 +51,8 @@ class Traffic:
 
     sent_bytes: int
     received_bytes: int
+    sent_within_bytes: int
+    received_within_bytes: int
     fp32_bytes: int
     bf16_bytes: int
     num_steps: int

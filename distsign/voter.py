@@ -107,6 +107,7 @@ class Voter:
         factors: Tensor | None = None,
         caps: IntArray | None = None,
         starts: IntArray | None = None,
+        forget: bool = False,
     ) -> Cast:
         """Write the ballots of one exchange group into its buffer.
 
@@ -120,6 +121,7 @@ class Voter:
             factors: float64 `[num_rows]` on the thresholds; None is 1.
             caps: int64 `[num_pieces]`, most ballots of each piece, which needs a carry for the others; None: no cap.
             starts: int64 `[num_pieces]`, with caps: see `rotating_starts`.
+            forget: whether the carry is cleared too where a ballot did not fit.
         """
         old = self.stats[rows]
         moments = None
@@ -143,7 +145,7 @@ class Voter:
                 None if corrections is None else corrections.float(),
                 self.confidence.square_decay or 0.0,
             )
-            counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=caps is None)
+            counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=forget or caps is None)
             if caps is not None:
                 assert starts is not None
                 counts, crowded = self._settle(layout, caps, starts, counts, kernels, out)

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"kernels"},
     {"ballots", "layout"},
     {"payload", "voter", "owner", "steering"},
-    {"traffic"},
+    {"plan", "traffic"},
     {"statistics"},
     {"exchange", "exchange_thread", "optim"},
     {"options"},

@@ -17,7 +17,7 @@ from distsign import AdaptiveConfidence, FixedConfidence, RMSConfidence, SignVot
         ({"confidence": 0.1}, "confidence must be a confidence function"),
         ({"margin": 0}, "margin must be an integer of at least 1, got 0"),
         ({"margin": 1.5}, "margin must be an integer"),
-        ({"exchange": "ring"}, "exchange must be one of two_phase, all_gather, got 'ring'"),
+        ({"exchange": "ring"}, "exchange must be one of two_phase, all_gather, hierarchical, got 'ring'"),
         ({"wire": "ternary"}, "wire must be one of auto, planes, sparse, got 'ternary'"),
         ({"l2": -1.0}, "l2 must be a number of at least 0"),
         ({"carry": "yes"}, "carry must be True, False, torch.float32 or torch.bfloat16, got 'yes'"),
@@ -29,8 +29,10 @@ from distsign import AdaptiveConfidence, FixedConfidence, RMSConfidence, SignVot
         ({"bits_per_param": 0.05, "wire": "planes"}, "leave wire='planes' out"),
         ({"wire": "sparse"}, "wire='sparse' .* set carry=True"),
         ({"confidence": RMSConfidence(), "carry": False}, "requires a carry"),
-        ({"exclude": ["norm"]}, "exclude=.* is not in this version"),
-        ({"ranks_per_node": 2}, "ranks_per_node=2 is not in this version"),
+        ({"exclude": "norm"}, "exclude must be names of parameters in a list"),
+        ({"exclude": [3]}, "exclude must be names of parameters"),
+        ({"ranks_per_node": 2}, "ranks_per_node is an option of exchange='hierarchical'"),
+        ({"exchange": "hierarchical", "ranks_per_node": 0}, "ranks_per_node must be a number of ranks of at least 1, got 0"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], words: str) -> None:

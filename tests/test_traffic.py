@@ -106,22 +106,25 @@ def step(counts: VoteCounts, groups: list[tuple[int, int, int]], *, poisoned: bo
     """Count a step of groups, each with its elements, ballots and verdicts."""
     counts.begin_step()
     for num_elements, num_ballots, num_verdicts in groups:
+        counts.exchanged(num_elements)
         counts.ballots(num_elements, torch.tensor(num_ballots))
-        counts.verdicts(torch.tensor(num_verdicts))
+        counts.verdicts(torch.tensor(num_elements), torch.tensor(num_verdicts))
     counts.end_step(torch.tensor(poisoned))
 
 
 def test_before_the_first_step_all_is_zero() -> None:
-    assert VoteCounts().traffic(ExchangeBytes(), 4) == Traffic(0, 0, 0, 0, 0, 0, 0.0, 0.0)
+    assert VoteCounts().traffic(ExchangeBytes(), 4) == Traffic(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
 
 
 def test_densities_are_shares_of_all_elements() -> None:
     counts = VoteCounts()
     step(counts, [(1000, 100, 50), (200, 20, 0)])
     step(counts, [(1000, 300, 10), (200, 0, 0)])
-    assert counts.traffic(ExchangeBytes(11, 22), 3) == Traffic(
+    assert counts.traffic(ExchangeBytes(11, 22, 3, 4), 3) == Traffic(
         sent_bytes=11,
         received_bytes=22,
+        sent_within_bytes=3,
+        received_within_bytes=4,
         fp32_bytes=ring_all_reduce_bytes(2400, 4, 3),
         bf16_bytes=ring_all_reduce_bytes(2400, 2, 3),
         num_steps=2,

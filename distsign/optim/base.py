@@ -352,7 +352,7 @@ class SignOptimizer(Optimizer):
 
     def _count_step(self, group: Group, ok: Tensor | None) -> None:
         """Count a step that was clean, on the device where `ok` lies, if the group's confidence warms up."""
-        if group["confidence"] is None or len(group["confidence"].warm_up()) == 1:
+        if group["confidence"] is None or len(group["confidence"].warm_up(budgeted=False)[0]) == 1:
             return
         steps = group.get(_CLEAN_STEPS, 0)
         if ok is not None:
@@ -382,7 +382,7 @@ def _warm_up(group: Group, device: torch.device) -> Scalar:
     """Return the factor on a group's thresholds and learning rate in this step; a tensor if only the device knows."""
     if group["confidence"] is None:
         return 1.0
-    factors: tuple[float, ...] = group["confidence"].warm_up()
+    factors: tuple[float, ...] = group["confidence"].warm_up(budgeted=False)[0]
     steps: int | Tensor = group.get(_CLEAN_STEPS, 0)
     last = len(factors) - 1
     if not isinstance(steps, Tensor):

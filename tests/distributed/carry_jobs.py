@@ -60,9 +60,17 @@ class CarryOracle:
     rank: int
     world_size: int
     kept: dict[str, Kept] = field(default_factory=dict)
+    num_poisoned: int = 0
+
+    def warm_up(self, clean_steps: int) -> float:
+        confidence = self.case.confidence
+        if not isinstance(confidence, RMSConfidence) or "bits_per_param" in self.case.options:
+            return 1.0
+        first, share = confidence.start / confidence.k, min(1.0, clean_steps / confidence.warmup_steps)
+        return float(first ** (1.0 - share))
 
     def step(self, gradients: dict[str, Tensor], state: SignVoteState, turn: int) -> dict[str, Tensor]:
-        """Return the verdicts of one step; the state tells by which factors and density it voted."""
+        """Return the verdicts of one step; the state tells by which density it voted."""
         pipeline = state._pipeline
         self.next: dict[str, Kept] = {}
         found = {}
@@ -74,14 +82,15 @@ class CarryOracle:
             old = self.kept.get(name) or Kept(
                 torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.int32), torch.zeros(self.world_size, n)
             )
-            factor = float(pipeline.steering._used[row])
+            factor = float(self.warm_up(turn - 1 - self.num_poisoned))
             ballots, new = self.vote(gradients[name].reshape(-1).float(), old, factor)
             pieces = shards(Shape(row, n), self.world_size)
             if pipeline._density is not None:
                 caps = [min(b - a, max(1, math.floor(pipeline._density * (b - a)))) for _, a, b in pieces]
                 fits = [keep_some(ballots[a:b], c, turn + 7 * row) for (_, a, b), c in zip(pieces, caps, strict=True)]
                 fit = torch.cat([*fits, torch.zeros(0)])
-                new.carry = torch.where((ballots != 0) & (fit != 0), 0.0, new.carry)
+                forgotten = ballots != 0 if "bits_per_param" in self.case.options else fit != 0
+                new.carry = torch.where(forgotten, 0.0, new.carry)
                 ballots = fit
             self.num_ballots += int(ballots.count_nonzero())
             everyone = [torch.empty_like(ballots) for _ in range(self.world_size)]
@@ -185,6 +194,8 @@ def train_carry_against_oracle(rank: int, world_size: int, case: Case, bad_steps
                     same = torch.equal(p.grad.to(torch.int8), verdicts[name].to(torch.int8))
                     assert same, f"step {step}, {name}: {int(p.grad.count_nonzero())}, {verdicts[name].count_nonzero()}"
                 num_verdicts += int(verdicts[name].count_nonzero())
+        else:
+            oracle.num_poisoned += 1
         optimizer.step()
         assert step not in bad_steps or digest(net) == before
     assert num_verdicts > 0
