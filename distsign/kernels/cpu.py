@@ -23,7 +23,7 @@ from distsign.wire.sparse import SparseCode
 # The first import compiles for some seconds, later ones read Numba's cache. Of the ranks that start together on one
 # machine, one compiles and the others wait for what it leaves.
 with FileLock(Path(tempfile.gettempdir()) / f"distsign-numba-{os.getuid()}.lock"):
-    from distsign.kernels import jit, jit_carry, jit_owner, jit_settle, jit_sparse
+    from distsign.kernels import jit, jit_carry, jit_carry_settle, jit_owner, jit_settle, jit_sparse
 
 __all__ = [
     "active",
@@ -66,7 +66,7 @@ def pack(grad: Tensor, spans: Spans, thresholds: Tensor, out: Tensor) -> tuple[T
 
 def active(grad: Tensor, spans: Spans) -> Tensor:  # noqa: D103
     out = torch.zeros(spans.num_rows, dtype=torch.bool)
-    jit_carry.find_active(grad.numpy().view(np.uint32), spans.start, spans.length, spans.row, out.numpy())
+    jit_carry_settle.find_active(grad.numpy().view(np.uint32), spans.start, spans.length, spans.row, out.numpy())
     return out
 
 
@@ -111,7 +111,7 @@ def pack_carry(  # noqa: D103
 def settle_carry(planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, memory: Memory) -> Tensor:  # noqa: D103
     counts = torch.zeros(spans.length.size, dtype=torch.int64)
     wide, narrow = _by_type(memory.carry)
-    settle, carry = (jit_carry.settle_wide, wide) if wide.size else (jit_carry.settle_narrow, narrow)
+    settle, carry = (jit_carry_settle.settle_wide, wide) if wide.size else (jit_carry_settle.settle_narrow, narrow)
     settle(
         planes.numpy(),
         spans.length,

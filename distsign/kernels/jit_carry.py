@@ -1,10 +1,11 @@
-"""The compiled bodies of what a worker keeps between steps, on the CPU; `jit` says how such code has to be written.
+"""The compiled body of packing with a carry, on the CPU; `jit` says how such code has to be written.
 
-A block goes through a scratch of a few KiB in several short loops, each of one kind of arithmetic, which stay in the
+A tile of a few blocks goes through a scratch in several short loops, each of one kind of arithmetic, which stays in the
 nearest cache. What is kept is written past the caches, a cache line at a time: an ordinary store reads the line from
-memory before it overwrites it, and would read as much again as the whole carry.
+memory before it overwrites it, and would read as much again as the whole carry. Numba makes 64-bit numbers of sums,
+shifts and products of 32-bit ones; a cast at once, wherever that matters, keeps twice as many in a vector.
 
-Numba's cache looks for changes only in the file of the function that it has compiled, so the helpers are here.
+Numba's cache looks for changes only in the file of the function that it has compiled, so copies of helpers are here.
 """
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, no-check-untyped-defs, no-warn-unreachable
 
@@ -18,10 +19,9 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from distsign.kernels.jit import _compiled, _inline, _jit
-from distsign.kernels.jit_bits import count_ones, trailing_zeros
 from distsign.kernels.spans import BLOCK, LANES
 
-__all__ = ["find_active", "pack_carried", "settle_narrow", "settle_wide"]
+__all__ = ["pack_carried"]
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _EXPONENT_ONE = np.uint32(0x00800000)
@@ -93,6 +93,13 @@ def _keep(into, at, source, source_at, n):
         into[at + i] = source[source_at + i]
 
 
+@_jit
+def _copy_piece(old, new, at, n):
+    """Copy a piece from one half to the other, of what there is."""
+    if new.size:
+        _keep(new, at, old, at, n)
+
+
 # ----------------------------------------------------------------------------------------------------------- arithmetic
 
 
@@ -124,6 +131,14 @@ def _add_normalised(x, carry, square, unscale, correction, decay, rest, scratch)
 
 
 @_jit
+def _add_tile(x, carry, square, unscale, correction, decay, rest, sums):
+    if square.size:
+        _add_normalised(x, carry, square, unscale, correction, decay, rest, sums)
+    else:
+        _add(x, carry, unscale, sums)
+
+
+@_jit
 def _widen(narrow, wide):
     for i in range(narrow.size):
         wide[i] = np.uint32(np.uint32(narrow[i]) << np.uint32(16)).view(np.float32)
@@ -135,6 +150,15 @@ def _narrow(bits, narrow):
     for i in range(bits.size):
         b = bits[i]
         narrow[i] = np.uint16((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & _ONE)) >> np.uint32(16))
+
+
+@_jit
+def _keep_sums(new_wide, new_narrow, at, bits, rounded, n):
+    if new_wide.size:
+        _keep(new_wide, at, bits, 0, n)
+    else:
+        _narrow(bits[:n], rounded)
+        _keep(new_narrow, at, rounded, 0, n)
 
 
 @_jit
@@ -222,6 +246,15 @@ def _pack_tail(bits, limit, out, m_at, s_at):
     return count
 
 
+@_jit
+def _pack_planes(bits, limit, lanes, out, m_at, s_at):
+    """Write the planes of a tile; return the votes in its tail, as those of blocks are counted in `lanes`."""
+    num_blocks = bits.size // BLOCK
+    _pack_blocks(bits, num_blocks, limit, lanes, out, m_at, s_at)
+    tail = num_blocks * BLOCK
+    return _pack_tail(bits[tail:], limit, out, m_at + tail // 8, s_at + tail // 8)
+
+
 @_compiled(
     "(uint32[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], uint32[::1], boolean[::1], "
     "float32[::1], float32, float32, float32, float32[:, ::1], uint16[:, ::1], float32[:, ::1], int64, boolean, "
@@ -257,180 +290,44 @@ def pack_carried(
     other_bits = other.view(np.uint32)
     rounded = np.zeros(TILE, np.uint16)
     lanes = np.zeros(3 * LANES, np.uint32)  # masks, signs, counts of votes
-    old_wide, new_wide = wide[live], wide[1 - live]
+    old_wide, new_wide = wide[live], wide[1 - live].view(np.uint32)
     old_narrow, new_narrow = narrow[live], narrow[1 - live]
     old_square, new_square = square[live], square[1 - live]
-    is_wide, with_square = new_wide.size > 0, new_square.size > 0
     overflow = _ZERO
     for k in range(start.size):
-        limit = limits[row[k]]
         if not active[row[k]]:
             overflow |= _overflow(x[start[k] : start[k] + length[k]])
-            if is_wide:
-                _keep(new_wide, home[k], old_wide, home[k], length[k])
-            else:
-                _keep(new_narrow, home[k], old_narrow, home[k], length[k])
-            if with_square:
-                _keep(new_square, home[k], old_square, home[k], length[k])
+            _copy_piece(wide[live].view(np.uint32), new_wide, home[k], length[k])
+            _copy_piece(old_narrow, new_narrow, home[k], length[k])
+            _copy_piece(old_square, new_square, home[k], length[k])
             for i in range((length[k] + 7) // 8):
                 out[mask_at[k] + i] = 0
                 out[sign_at[k] + i] = 0
             continue
+        limit, correction = limits[row[k]], corrections[row[k]]
         for j in range(LANES):
             lanes[2 * LANES + j] = 0
-        num_votes = 0
         for done in range(0, length[k], TILE):
             n = min(TILE, length[k] - done)
             base, at = start[k] + done, home[k] + done
             m_at, s_at = mask_at[k] + done // 8, sign_at[k] + done // 8
-            raw = numbers[base : base + n]
-            if is_wide:
-                if with_square:
-                    _add_normalised(
-                        raw,
-                        old_wide[at : at + n],
-                        old_square[at : at + n],
-                        unscale,
-                        corrections[row[k]],
-                        decay,
-                        rest,
-                        sums,
-                    )
-                else:
-                    _add(raw, old_wide[at : at + n], unscale, sums)
+            v = old_square[at : at + n]  # empty where there is none
+            if new_wide.size:
+                _add_tile(numbers[base : base + n], old_wide[at : at + n], v, unscale, correction, decay, rest, sums)
             else:
                 _widen(old_narrow[at : at + n], other)
-                if with_square:
-                    _add_normalised(
-                        raw, other, old_square[at : at + n], unscale, corrections[row[k]], decay, rest, sums
-                    )
-                else:
-                    _add(raw, other, unscale, sums)
+                _add_tile(numbers[base : base + n], other, v, unscale, correction, decay, rest, sums)
+            # Only now, when the gradient is near: a loop that waits for memory should wait for all that it can.
             overflow |= _overflow(x[base : base + n])
-            if with_square:
+            if v.size:
                 _keep(new_square, at, sums, TILE, n)
-            num_blocks = n // BLOCK
-            _pack_blocks(bits, num_blocks, limit, lanes, out, m_at, s_at)
-            if n % BLOCK:
-                tail = num_blocks * BLOCK
-                num_votes += _pack_tail(bits[tail:n], limit, out, m_at + tail // 8, s_at + tail // 8)
+            counts[row[k]] += _pack_planes(bits[:n], limit, lanes, out, m_at, s_at)
             if clear:
                 _clear(bits[:n], limit, other_bits)
-            if is_wide:
-                if clear:
-                    _keep(new_wide, at, other, 0, n)
-                else:
-                    _keep(new_wide, at, sums, 0, n)
+                _keep_sums(new_wide, new_narrow, at, other_bits, rounded, n)
             else:
-                if clear:
-                    _narrow(other_bits[:n], rounded)
-                else:
-                    _narrow(bits[:n], rounded)
-                _keep(new_narrow, at, rounded, 0, n)
+                _keep_sums(new_wide, new_narrow, at, bits, rounded, n)
         for j in range(LANES):
-            num_votes += lanes[2 * LANES + j]
-        counts[row[k]] += num_votes
+            counts[row[k]] += lanes[2 * LANES + j]
     _fence()
     return (overflow & _TOP) == 0
-
-
-# ---------------------------------------------------------------------------------------------------- active and settle
-
-
-@_compiled("(uint32[::1], int64[::1], int64[::1], int64[::1], boolean[::1])")
-def find_active(x, start, length, row, out):
-    for k in range(start.size):
-        done = 0
-        found = _ZERO
-        while found == 0 and done < length[k]:
-            n = min(BLOCK, length[k] - done)
-            block = x[start[k] + done : start[k] + done + n]
-            for i in range(n):
-                found = np.uint32(found | (block[i] & _MAGNITUDE))
-            done += n
-        out[row[k]] = found != 0
-
-
-@_jit
-def _load_line(plane, first, last, words):
-    """Load up to a block's 64 bytes, zeros after the end, and return whether any is not zero."""
-    if last - first == _LINE:
-        _copy_line(words, 0, plane, first)
-    else:
-        words[:] = 0
-        line = words.view(np.uint8)
-        for i in range(last - first):
-            line[i] = plane[first + i]
-    found = np.uint64(0)
-    for i in range(words.size):
-        found |= words[i]
-    return found != 0
-
-
-@_jit
-def _settle_range(mask, sign, first, last, num_blocked, left, carry, home, words):
-    """Keep the first `left` votes in bytes `first` to `last`, zero their carry, and take back the others."""
-    at = first
-    while at < last and left > 0:
-        block = at // _LINE
-        end = min(last, (block + 1) * _LINE)
-        if _load_line(mask, at, end, words):
-            for w in range(words.size):
-                word = words[w]
-                while word != 0:
-                    bit = 8 * (at + 8 * w) + np.int64(trailing_zeros(word))
-                    word &= np.uint64(word - np.uint64(1))
-                    if left > 0:
-                        left -= 1
-                        element = bit
-                        if bit < num_blocked:
-                            place = bit % BLOCK
-                            element = bit - place + place % 32 * LANES + place // 32
-                        carry[home + element] = 0
-                    else:
-                        taken = np.uint8(~(1 << (bit % 8)))
-                        mask[bit // 8] &= taken
-                        sign[bit // 8] &= taken
-        at = end
-    for i in range(at, last):
-        sign[i] &= np.uint8(~mask[i])
-        mask[i] = 0
-    return left
-
-
-@_jit
-def _count(plane, words):
-    count = 0
-    for at in range(0, plane.size, _LINE):
-        if _load_line(plane, at, min(plane.size, at + _LINE), words):
-            for i in range(words.size):
-                count += np.int64(count_ones(words[i]))
-    return count
-
-
-@_jit
-def _settle(planes, length, mask_at, sign_at, home, caps, starts, carry, counts):
-    words = np.zeros(_LINE // 8, np.uint64)
-    for k in range(length.size):
-        num_bytes = (length[k] + 7) // 8
-        mask = planes[mask_at[k] : mask_at[k] + num_bytes]
-        sign = planes[sign_at[k] : sign_at[k] + num_bytes]
-        counts[k] = _count(mask, words)
-        if counts[k]:
-            blocked = length[k] // BLOCK * BLOCK
-            left = _settle_range(mask, sign, starts[k], num_bytes, blocked, caps[k], carry, home[k], words)
-            _settle_range(mask, sign, 0, starts[k], blocked, left, carry, home[k], words)
-
-
-@_compiled(
-    "(uint8[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], float32[::1], int64[::1])"
-)
-def settle_wide(planes, length, mask_at, sign_at, home, caps, starts, carry, counts):
-    _settle(planes, length, mask_at, sign_at, home, caps, starts, carry, counts)
-
-
-@_compiled(
-    "(uint8[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], uint16[::1], int64[::1])"
-)
-def settle_narrow(planes, length, mask_at, sign_at, home, caps, starts, carry, counts):
-    _settle(planes, length, mask_at, sign_at, home, caps, starts, carry, counts)
