@@ -49,6 +49,8 @@ NUM_UNTIMED_STEPS = 5
 """The first steps of a process: DDP rebuilds its buckets, caches are cold."""
 NUM_SILENT_STEPS = 50
 """After so many steps without a ballot it is said that nothing is learned; thresholds may start high."""
+COMPILED_WITHIN_S = 2.0
+"""Loading kernels that are compiled already takes less."""
 TRAFFIC_OF = "mean over the ranks, from the first step on"
 
 
@@ -143,7 +145,7 @@ class Trainer:
         if self.options.confidence is None:
             return
         words = "compiling the kernels: once per machine, a minute or two"
-        notice = threading.Timer(2.0, self._note, [words])  # where they are compiled it takes less than that
+        notice = threading.Timer(COMPILED_WITHIN_S, self._note, [words])
         notice.daemon = True
         notice.start()
         kernels_for(self.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from distsign.exchange import EXCHANGES
 from distsign.traffic import ring_all_reduce_bytes
+from launch import train as train_module
 from launch.metrics import MetricsFile, read_lines
 from launch.options import WIRES, TrainOptions, UsageError, parse_options
 from launch.runtime import Ranks, choose_device
@@ -64,7 +66,7 @@ def ranks4() -> RankPool:
         (["--steps", "5", "--epochs", "1"], "--steps and --epochs"),
         (["--seed", "-1"], r"--seed must be in \[0"),
         (["--bucket-cap-mb", "0"], r"--bucket-cap-mb must be in \(0"),
-        (["--hook", "sign-vote"], "--hook sign-vote needs --confidence: one of fixed, adaptive, target-density"),
+        (["--hook", "sign-vote"], "--hook sign-vote needs --confidence: one of fixed, adaptive, rms, target-density"),
         ([*VOTE, "--margin", "0"], "--margin must be 1 or more, got 0"),
         ([*VOTE, "--wire", "ternary"], "argument --wire: invalid choice: 'ternary'.*planes.*sparse"),
         ([*VOTE, "--exchange", "gossip"], "argument --exchange: invalid choice: 'gossip'.*two_phase.*all_gather"),
@@ -299,6 +301,19 @@ def test_traffic_is_the_mean_over_the_ranks() -> None:
     ranks = [Traffic(100, 300, 8, 4, "counted", 0.25, 0.5), Traffic(200, 300, 8, 4, "counted", 0.75, 0.5)]
     assert Traffic.mean(ranks) == Traffic(150, 300, 8, 4, "counted", 0.5, 0.5)
     assert Traffic.mean([Traffic(1, 2, 3, 4, "formula")]) == Traffic(1, 2, 3, 4, "formula")
+
+
+@pytest.mark.parametrize(("loading_s", "said"), [(0.3, True), (0.0, False)])
+def test_compiling_is_said_where_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], loading_s: float, said: bool
+) -> None:
+    monkeypatch.setattr(train_module, "COMPILED_WITHIN_S", 0.1)
+    monkeypatch.setattr(train_module, "kernels_for", lambda device: time.sleep(loading_s))
+    trainer = Trainer.__new__(Trainer)
+    trainer.options, trainer.ranks, trainer.device = parse_options(VOTE), Ranks(0, 1, 0, 1), torch.device("cpu")
+    trainer._compile_kernels()
+    time.sleep(0.2)
+    assert ("launch.train: compiling the kernels: once per machine" in capsys.readouterr().err) == said
 
 
 def test_that_nobody_votes_is_said_once() -> None:
