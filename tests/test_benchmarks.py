@@ -1,0 +1,161 @@
+"""The benchmarks run, on tiny sizes, and their results have the ratios that they are for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import codec, cuda, scaling, step
+from benchmarks.common import Column, Contender, Report, format_table, interleaved, ratio, summary
+from benchmarks.ranks import slowest
+from benchmarks.step_schemes import FP32, NO_OP, SCHEMES
+from tests.distributed.ranks import REPOSITORY
+
+
+def read(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text())
+    assert {"benchmark", "date", "commit", "machine", "torch", "numba", "load_average", "settings"} <= result.keys()
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------- common
+
+
+def test_contenders_take_turns_and_setups_are_not_timed() -> None:
+    done: list[str] = []
+
+    def timer(run: Any) -> float:
+        run()
+        return float(len(done))
+
+    contenders = [
+        Contender(name="a", run=lambda: done.append("a")),
+        Contender(name="b", run=lambda: done.append("b"), setup=lambda: done.append("set up")),
+    ]
+    times = interleaved(contenders, rounds=2, warm_up=1, timer=timer)
+    assert done == ["set up", "b", "a", "a", "set up", "b", "set up", "b", "a"]
+    assert times == {"a": [4.0, 9.0], "b": [6.0, 8.0]}
+
+
+def test_the_time_limit_leaves_three_rounds() -> None:
+    times = interleaved([Contender(name="a", run=lambda: None)], rounds=1000, limit_s=0.0)
+    assert len(times["a"]) == 3
+
+
+def test_summary_and_ratio() -> None:
+    assert summary([3.0, 1.0, 2.0]) == {"ms": 2.0, "spread": 0.5, "rounds": 3}
+    assert summary([4.0]) == {"ms": 4.0, "spread": 0.0, "rounds": 1}
+    assert (ratio(1.0, 2.0), ratio(None, 2.0), ratio(1.0, None)) == (0.5, None, None)
+    assert slowest([[1.0, 5.0], [2.0, 4.0]]) == [2.0, 5.0]
+
+
+def test_table_is_aligned_and_shows_what_is_missing() -> None:
+    columns = [Column("name", "scheme"), Column("ms", "ms", ".1f")]
+    text = format_table(columns, [{"name": "vote", "ms": 1.25}, {"name": "longer name", "ms": None}, {"name": "x"}])
+    assert text.splitlines() == [
+        "scheme        ms",
+        "-----------  ---",
+        "vote         1.2",
+        "longer name    -",
+        "x              -",
+    ]
+
+
+def test_report_writes_all_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("some", argparse.Namespace(quick=True, out=str(tmp_path / "new"), rounds=3))
+    report.table("one", [Column("a", "a", "d")], [{"a": 1, "b": 2}], "a note")
+    report.table("two", [Column("a", "a", "d")], [{"a": 3}])
+    report.write()
+    result = read(tmp_path / "new" / "some.json")
+    assert result["rows"] == [{"a": 1, "b": 2}, {"a": 3}]
+    assert result["notes"] == ["a note"]
+    assert result["settings"] == {"quick": True, "rounds": 3}
+    assert "cores, load" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def test_codec(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.codec", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in read(tmp_path / "codec.json")["rows"]}
+    assert rows["torch copy_"]["ratio_to_copy"] == 1
+    for name, target in (("pack planes", 0.7), ("unpack planes", 0.7), ("pack_carry float32", 1.2)):
+        assert rows[name]["ratio_to_copy"] > 0
+        assert rows[name]["target"] == target
+        assert name in done.stdout
+    assert rows["p=0.01"]["ratio_to_entropy"] < 1.1
+
+
+def test_step_on_loopback(tmp_path: Path) -> None:
+    """No more than it takes to see that ranks start, are timed, and are put beside their rivals."""
+    command = [sys.executable, "-m", "benchmarks.step", "--quick", "--rates", "loopback", "--ranks", "2"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in read(tmp_path / "step.json")["rows"]}
+    assert list(rows) == [scheme.name for scheme in SCHEMES]
+    assert rows[NO_OP]["ratio_to_no_op"] == rows[FP32]["ratio_to_fp32"] == 1
+    for scheme in SCHEMES:
+        row = rows[scheme.name]
+        assert all(row[f"ratio_to_{rival}"] > 0 for rival in ("no_op", "fp32", "bf16", "power_sgd"))
+        assert (row["counted_mb"] == 0) == (scheme.name == NO_OP)
+        assert row["interface_mb"] is None
+        if scheme.is_vote:
+            assert row["counted_mb"] < rows[FP32]["counted_mb"] / 15
+
+
+def test_profile_has_rows_for_each_part() -> None:
+    parts = {"whole step": {"ms": 10.0, "cpu_ms": 4.0}, "tally": {"ms": 2.0, "cpu_ms": 1.0}}
+    rows = step.profile_rows([{"vote": parts}, {"vote": parts}])
+    assert rows[1] == {"name": "vote", "part": "tally", "ms": 2.0, "cpu_ms": 1.0, "share": 0.2}
+
+
+def test_flatness_takes_the_factor_out() -> None:
+    rows: list[dict[str, Any]] = [
+        {"name": "planes", "ranks": ranks, "counted_mb": 6.0 * (ranks - 1) / ranks, "interface_mb": None}
+        for ranks in (2, 4, 8)
+    ]
+    scaling.add_flatness(rows)
+    assert [row["flatness"] for row in rows] == pytest.approx([1, 1, 1])
+    assert rows[0]["interface_flatness"] is None
+
+
+def test_cuda_says_why_it_measures_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cuda.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "cuda: no CUDA device here: nothing measured\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_cuda_puts_kernels_beside_the_copy() -> None:
+    """The table is made on any device; only the timer needs a GPU."""
+    from benchmarks.kernel_cases import GRANULE, cases
+
+    contenders = cases(GRANULE, "cpu", densities=(0.01,))
+    rows = cuda.rows_of(contenders, interleaved(contenders, rounds=1, warm_up=0))
+    assert rows[0]["share_of_copy_bandwidth"] == 1
+    assert all(row["ratio_to_copy"] > 0 for row in rows)
+
+
+def test_wrong_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for main, argv, words in (
+        (scaling.main, ["--ranks", "1"], "--ranks must be 2 or more"),
+        (step.main, ["--rates", "fast"], "cannot read the rate 'fast'"),
+        (codec.main, ["--rounds", "many"], "invalid int value"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 2
+        assert words in capsys.readouterr().err
