@@ -101,11 +101,14 @@ class VotePipeline:
         """Begin to vote, before the first bucket; all ranks agree on the options by then."""
         self.exchange = exchange
         self.started = True
+        self._excluded = frozenset(self._registry.rows_of(self.options.exclude))
         if self.owner is None:
-            self.owner = make_owner(self.options.owner_carry, self.options.margin, exchange.world_size)
+            self.owner = make_owner(self.options.owner_carry, self.options.margin, exchange.num_voters)
         if self.options.bits_per_param is not None:
-            shapes = [Shape(row, self._registry.num_elements(row)) for row in range(len(self._registry))]
-            self._density = density_for(self.options.bits_per_param, shapes, exchange.world_size, _COALESCE_BYTES)
+            # The first column's share stands for all: they differ by a few components.
+            parts = [part_of(self._part(row), 0, self.options.ranks_per_node) for row in range(len(self._registry))]
+            shapes = [Shape(part.row, part.length) for part in parts if part.voted]
+            self._density = density_for(self.options.bits_per_param, shapes, exchange.num_voters, _COALESCE_BYTES)
 
     def on_bucket(self, bucket: GradBucket, scale: Tensor) -> Future[Tensor]:
         """Take a bucket in; its future holds the verdicts.

@@ -60,8 +60,9 @@ class Steering:
     def begin_step(self) -> None:
         """Fix the factors of this step; forget what a step that broke off had observed."""
         self._pending.clear()
-        self._warm = self._thresholds[self.clean_steps.clamp(max=self._thresholds.numel() - 1)]
-        self.lr_scale = self._rates[self.clean_steps.clamp(max=self._rates.numel() - 1)]
+        # Not `[at]`, which would wait for the device to tell the index.
+        self._warm = self._thresholds.take(self.clean_steps.clamp(max=self._thresholds.numel() - 1))
+        self.lr_scale = self._rates.take(self.clean_steps.clamp(max=self._rates.numel() - 1))
 
     def of(self, rows: Tensor) -> Tensor:
         """Return the factors on the thresholds of these parameters in this step, float64."""

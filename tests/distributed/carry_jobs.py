@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distsign import RMSConfidence, SignAdamPP, SignVoteState
+from distsign import FixedConfidence, RMSConfidence, SignAdamPP, SignVoteState
 from distsign.layout import Shape, shards
 from distsign.traffic import step_bytes
-
+from distsign.vote import majority_vote
 
 from .hook_jobs import Case, Net, Oracle, batch, build, digest
 
@@ -273,3 +273,84 @@ def count_budget(rank: int, world_size: int, bits_per_param: float) -> tuple[int
     assert (sent, received) == (want.sent_bytes, want.received_bytes)
     state.close()
     return sent, math.floor(bits_per_param * num_elements / 8)
+
+
+def train_excluding(rank: int, world_size: int, case: Case, excluded: list[str]) -> str:
+    """Excluded gradients are the plain mean, in the order of the ranks; the others are verdicts."""
+    net, model, state = build(case)
+    gradients_of = Oracle(case, net, None)
+    state.track(model.named_parameters())
+    optimizer = SignAdamPP(net.named_parameters(), lr=1e-2, momentum=0.0, vote_state=state)
+    for step in range(case.num_steps):
+        x = batch(rank, step, 0, case.dtype)
+        mine = gradients_of.gradients(net, [x])
+        optimizer.zero_grad()
+        model(x).float().square().mean().backward()
+        for name, p in net.named_parameters():
+            if name in excluded:
+                everyone = [torch.empty_like(mine[name]) for _ in range(world_size)]
+                dist.all_gather(everyone, mine[name].contiguous())
+                mean = everyone[0].float()
+                for other in everyone[1:]:
+                    mean = mean + other.float()
+                same = torch.equal(p.grad, (mean / world_size).to(p.dtype))
+                assert same, (step, name, p.grad.flatten()[:3], mean.flatten()[:3], world_size)
+            else:
+                assert set(p.grad.unique().tolist()) <= {-1.0, 0.0, 1.0}, (step, name)
+        optimizer.step()
+    poisoned = batch(rank, 99, 0, case.dtype)
+    handle = None
+    if rank == 0:
+        handle = net.last.bias.register_hook(lambda g: g.index_fill(0, torch.tensor([3]), math.inf))
+    before = digest(net)
+    optimizer.zero_grad()
+    model(poisoned).float().square().mean().backward()
+    optimizer.step()
+    assert digest(net) == before and state.traffic().num_poisoned_steps == 1
+    if handle is not None:
+        handle.remove()
+    state.close()
+    return digest(net)
+
+
+def train_hierarchical(rank: int, world_size: int, ranks_per_node: int, options: dict[str, Any]) -> str:
+    """Each verdict is the vote between nodes on the mean gradient of each, and few bytes go between nodes."""
+    case = Case(FixedConfidence(2e-3), {"exchange": "hierarchical", "ranks_per_node": ranks_per_node, **options})
+    net, model, state = build(case)
+    gradients_of = Oracle(case, net, None)
+    optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, momentum=0.0, vote_state=state)
+    num_nodes = world_size // ranks_per_node
+    carried = {name: torch.zeros(num_nodes, p.numel()) for name, p in net.named_parameters()}
+    for step in range(5):
+        x = batch(rank, step, 0, torch.float32)
+        mine = gradients_of.gradients(net, [x])
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        for name, p in net.named_parameters():
+            everyone = [torch.empty_like(mine[name]) for _ in range(world_size)]
+            dist.all_gather(everyone, mine[name].contiguous())
+            ballots = []
+            for node in range(num_nodes):
+                mean = everyone[node * ranks_per_node].clone()
+                for other in everyone[node * ranks_per_node + 1 : (node + 1) * ranks_per_node]:
+                    mean += other
+                u = (mean / ranks_per_node).reshape(-1)
+                if options.get("carry"):
+                    u = u + carried[name][node]
+                votes = u.abs() > np.float32(2e-3)
+                carried[name][node] = torch.where(votes, 0.0, u)
+                ballots.append(torch.where(votes, u.sign(), 0.0).to(torch.int8))
+            want = majority_vote(torch.stack(ballots), options.get("margin", 1)).reshape(p.shape)
+            assert torch.equal(p.grad.to(torch.int8), want), (step, name)
+        optimizer.step()
+    traffic = state.traffic()
+    num_elements = sum(p.numel() for p in net.parameters())
+    # Within a node: 4 bytes a component that another rank averages, twice as much as a reduce-scatter of halves.
+    assert traffic.sent_within_bytes > 4 * num_elements * (ranks_per_node - 1) / ranks_per_node * 5
+    between = traffic.sent_bytes - traffic.sent_within_bytes
+    share = num_elements / ranks_per_node
+    # Two bits a component of the share, there and back, and headers.
+    want = 5 * share / 2 * (num_nodes - 1) / num_nodes
+    assert 0.9 * want <= between <= 1.1 * want, (between, want)
+    state.close()
+    return digest(net)

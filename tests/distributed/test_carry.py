@@ -13,7 +13,7 @@ from distsign import FixedConfidence
 from . import carry_jobs as jobs
 from .carry_jobs import CARRY
 from .hook_jobs import Case
-from .ranks import WORLD_SIZES, RankPool
+from .ranks import WORLD_SIZES, RankPool, RanksFailed
 
 Pools = Callable[[int], RankPool]
 
@@ -70,3 +70,42 @@ def test_a_budget_is_kept_and_filled(rank_pool: Pools, bits_per_param: float) ->
     # Each rank sends the payloads of ballots but its own, and its own verdicts twice: in all 2 (W - 1) times both.
     payload_bytes = sum(sent for sent, _ in results) / (2 * 2)
     assert 0.95 * results[0][1] < payload_bytes <= results[0][1]
+
+
+EXCLUDED = ["gain", "first.bias", "last.bias"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(CARRY, options={"bits_per_param": 0.1, "owner_carry": True, "exclude": EXCLUDED}),
+        Case(FixedConfidence(1e-3), {"exclude": ["module.gain", *EXCLUDED[1:]], "exchange": "all_gather"}),
+        Case(FixedConfidence(1e-3), {"exclude": EXCLUDED}, dtype=torch.bfloat16),
+    ],
+    ids=["budget", "all-gather", "bf16"],
+)
+def test_excluded_parameters_are_averaged(rank_pool: Pools, case: Case) -> None:
+    assert len(set(rank_pool(3).run(jobs.train_excluding, case, EXCLUDED))) == 1
+
+
+def test_excluding_a_stranger_is_refused(rank_pool: Pools) -> None:
+    case = Case(options={"exclude": ["elsewhere"]})
+    with pytest.raises(RanksFailed, match="exclude names 'elsewhere'"):
+        rank_pool(2).run(jobs.train_excluding, case, [])
+
+
+@pytest.mark.parametrize("options", [{}, {"carry": True, "wire": "planes"}, {"margin": 2}], ids=str)
+@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(4, 2), (8, 4), (2, 2)])
+def test_nodes_vote_on_their_means(
+    rank_pool: Pools, world_size: int, ranks_per_node: int, options: dict[str, object]
+) -> None:
+    if options.get("margin", 1) > world_size // ranks_per_node:  # type: ignore[operator]
+        with pytest.raises(RanksFailed, match="margin must be at most the number of voters"):
+            rank_pool(world_size).run(jobs.train_hierarchical, ranks_per_node, options)
+        return
+    assert len(set(rank_pool(world_size).run(jobs.train_hierarchical, ranks_per_node, options))) == 1
+
+
+def test_nodes_of_different_sizes_are_refused(rank_pool: Pools) -> None:
+    with pytest.raises(RanksFailed, match="ranks_per_node=2 does not divide the 3 ranks"):
+        rank_pool(3).run(jobs.train_hierarchical, 2, {})
