@@ -40,7 +40,10 @@ SCHEMES = (
     Scheme(
         "sign-vote",
         "signADAM++, sign votes",
-        ("--optimizer", "sign-adam-pp", "--lr", "1e-2", "--hook", "sign-vote", "--confidence", "adaptive:beta2=1"),
+        (
+            *("--optimizer", "sign-adam-pp", "--momentum", "0", "--lr", "0.04"),
+            *("--hook", "sign-vote", "--confidence", "rms:k=8", "--bits-per-param", "0.08", "--margin", "2"),
+        ),
     ),
 )
 
