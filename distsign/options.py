@@ -45,6 +45,11 @@ class VoteOptions:
         """Whether payloads have a fixed number of slots, and what does not fit stays in the carries."""
         return self.carry is not None and self.wire != "planes"
 
+    @property
+    def forgets(self) -> bool:
+        """Whether what does not fit is dropped, at the voter and at the owner, instead of kept for the next step."""
+        return self.bits_per_param is not None and not self.confidence.fills_budget
+
     @classmethod
     def check(
         cls,

@@ -37,13 +37,15 @@ class Owner(ABC):
     Args:
         margin: least lead.
         num_voters: workers whose ballots are counted.
+        forget: whether decided votes that do not fit are dropped instead of kept for the next step.
     """
 
     kind: ClassVar[str | None]
 
-    def __init__(self, margin: int, num_voters: int) -> None:
+    def __init__(self, margin: int, num_voters: int, *, forget: bool = False) -> None:
         self.margin = margin
         self.num_voters = num_voters
+        self.forget = forget
         self._live = torch.zeros((), dtype=torch.int64)
 
     def count(
@@ -124,8 +126,8 @@ class PlainCarry(Owner):
 
     kind = "plain"
 
-    def __init__(self, margin: int, num_voters: int) -> None:
-        super().__init__(margin, num_voters)
+    def __init__(self, margin: int, num_voters: int, *, forget: bool = False) -> None:
+        super().__init__(margin, num_voters, forget=forget)
         self._homes: dict[Piece, int] = {}
         self._undecided = torch.zeros(2, 0, dtype=torch.int16)
 
@@ -136,7 +138,20 @@ class PlainCarry(Owner):
         home = np.asarray([self._homes[piece] for piece in pieces], dtype=np.int64)
         spans = Spans(spans.start, spans.length, spans.row, spans.mask_at, spans.sign_at, home)
         kernels.tally_carry(ballots, at, spans, self.margin, self._undecided, self._live, planes)
-        return kernels.settle_votes(planes, spans, cut.caps, cut.starts, self.margin, self._undecided, self._live)
+        wanted = kernels.settle_votes(planes, spans, cut.caps, cut.starts, self.margin, self._undecided, self._live)
+        if self.forget:
+            self._drop_decided(home, spans.length, wanted > cut.caps.to(wanted.device))
+        return wanted
+
+    def _drop_decided(self, home: IntArray, length: IntArray, crowded: Tensor) -> None:
+        """Set votes that still reach the margin to 0, in the spare half, where a piece is crowded."""
+        spare = (1 - self._live).reshape(1)
+        for k, (start, size) in enumerate(zip(home.tolist(), length.tolist(), strict=True)):
+            if crowded.device.type == "cpu" and not crowded[k]:
+                continue
+            halves = self._undecided[:, start : start + size]
+            votes = halves.index_select(0, spare)
+            halves.index_copy_(0, spare, votes.masked_fill((votes.abs() >= self.margin) & crowded[k], 0))
 
     def _make_room(self, pieces: list[Piece], device: torch.device) -> None:
         end = before = self._undecided.shape[1]
@@ -167,8 +182,8 @@ class StandingBallots(Owner):
 
     kind = "standing"
 
-    def __init__(self, margin: int, num_voters: int) -> None:
-        super().__init__(margin, num_voters)
+    def __init__(self, margin: int, num_voters: int, *, forget: bool = False) -> None:
+        super().__init__(margin, num_voters, forget=forget)
         self._standing: dict[Piece, Tensor] = {}  # uint8 [2, num_voters, 2, plane_bytes]
 
     def _count(
@@ -200,6 +215,6 @@ OWNER_CARRIES: dict[str | None, type[Owner]] = {each.kind: each for each in (For
 """What an owner keeps, by name."""
 
 
-def make_owner(kind: str | None, margin: int, num_voters: int) -> Owner:
+def make_owner(kind: str | None, margin: int, num_voters: int, *, forget: bool = False) -> Owner:
     """Return an owner of a kind of `OWNER_CARRIES`."""
-    return OWNER_CARRIES[kind](margin, num_voters)
+    return OWNER_CARRIES[kind](margin, num_voters, forget=forget)

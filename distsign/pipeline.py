@@ -103,12 +103,16 @@ class VotePipeline:
         self.started = True
         self._excluded = frozenset(self._registry.rows_of(self.options.exclude))
         if self.owner is None:
-            self.owner = make_owner(self.options.owner_carry, self.options.margin, exchange.num_voters)
+            self.owner = self._new_owner(exchange.num_voters)
         if self.options.bits_per_param is not None:
             # The first column's share stands for all: they differ by a few components.
             parts = [part_of(self._part(row), 0, self.options.ranks_per_node) for row in range(len(self._registry))]
             shapes = [Shape(part.row, part.length) for part in parts if part.voted]
             self._density = density_for(self.options.bits_per_param, shapes, exchange.num_voters, _COALESCE_BYTES)
+
+    def _new_owner(self, num_voters: int) -> Owner:
+        options = self.options
+        return make_owner(options.owner_carry, options.margin, num_voters, forget=options.forgets)
 
     def on_bucket(self, bucket: GradBucket, scale: Tensor) -> Future[Tensor]:
         """Take a bucket in; its future holds the verdicts.
@@ -231,7 +235,7 @@ class VotePipeline:
             factors=self.steering.of(column.rows),
             caps=column.ballots.caps,
             starts=rotating_starts(column.layout, self._counts.num_steps),
-            forget=self.options.bits_per_param is not None and not self.options.confidence.fills_budget,
+            forget=self.options.forgets,
         )
         self._counts.ballots(column.layout.num_elements, cast.num_ballots)
         return column.ballots.seal(planes, cast.crowded, raw, ~(cast.finite & raw.isfinite().all()), kernels)
@@ -385,7 +389,7 @@ class VotePipeline:
         pieces: dict[Piece, Tensor] = {
             (names[name], start, length): value for (name, start, length), value in state["owner"].items()
         }
-        self.owner = make_owner(self.options.owner_carry, self.options.margin, num_voters)
+        self.owner = self._new_owner(num_voters)
         self.owner.keep(pieces, device)
         self.steering.load_state_dict(state["steering"], names)
         if self.ladder is not None:

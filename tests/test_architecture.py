@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"kernels"},
     {"ballots", "layout"},
     {"payload", "voter", "owner", "steering"},
-    {"plan", "traffic"},
+    {"plan", "traffic", "resharding"},
     {"statistics"},
     {"exchange", "exchange_thread", "optim"},
     {"options"},

@@ -98,8 +98,13 @@ class CarryOracle:
             verdict = self.decide(torch.stack(everyone), new)
             if pipeline._density is not None and self.case.options.get("owner_carry"):
                 parts = [keep_some(verdict[a:b], c, turn + 7 * row) for (_, a, b), c in zip(pieces, caps, strict=True)]
-                verdict = torch.cat([*parts, torch.zeros(0)])
+                wanted, verdict = verdict, torch.cat([*parts, torch.zeros(0)])
             self.settle(verdict, new)
+            if "bits_per_param" in self.case.options and isinstance(self.case.confidence, RMSConfidence):
+                for (_, a, b), cap in zip(pieces, caps, strict=True):
+                    votes = new.undecided[a:b]
+                    if int(wanted[a:b].count_nonzero()) > cap:
+                        votes[votes.abs() >= self.case.options.get("margin", 1)] = 0
             found[name] = verdict.reshape(p.shape)
             self.next[name] = new
         return found
