@@ -74,6 +74,7 @@ class VotePipeline:
         self._plans: dict[object, Plan] = {}
         self._excluded: frozenset[int] = frozenset()
         self._group: list[_Bucket] = []
+        self._room: tuple[int, torch.device] | None = None
         self._error: VoteError | None = None
         self._in_backward = False
         self._poisoned = torch.zeros((), dtype=torch.bool)
@@ -167,6 +168,11 @@ class VotePipeline:
         return Part(row, self._registry.num_elements(row), voted=row not in self._excluded)
 
     def _grow(self, device: torch.device) -> None:
+        """Make room for the parameters that DDP has shown by now; after the first step it has shown all."""
+        if (len(self._registry), device) == self._room:
+            return
+        self._room = len(self._registry), device
+        self._thread.wait()  # it may be casting ballots, out of what is about to move
         column = 0 if self.exchange is None else self.exchange.local_rank
         lengths = []
         for row in range(len(self._registry)):
@@ -236,6 +242,7 @@ class VotePipeline:
             caps=column.ballots.caps,
             starts=rotating_starts(column.layout, self._counts.num_steps),
             forget=self.options.forgets,
+            lengths=column.lengths,
         )
         self._counts.ballots(column.layout.num_elements, cast.num_ballots)
         return column.ballots.seal(planes, cast.crowded, raw, ~(cast.finite & raw.isfinite().all()), kernels)
@@ -297,7 +304,7 @@ class VotePipeline:
             found = exchange.read(each.verdicts, payload, kernels)
             poisoned = poisoned | found.poisoned
             self._write(group, out, each, found, scale, seen)
-        self._take_note(group, seen)
+        self._take_note(plan, seen)
         self._poisoned = self._poisoned.to(poisoned.device) | poisoned
         for bucket, wide in zip(group, out, strict=True):
             gradient = bucket.gradient
@@ -339,14 +346,13 @@ class VotePipeline:
             crowded.index_add_(0, column.piece_row, column.piece_length * found.crowded)
         seen.index_add_(1, column.rows, torch.stack([counts, column.slots, crowded, column.lengths]))
 
-    def _take_note(self, group: list[_Bucket], seen: Tensor) -> None:
+    def _take_note(self, plan: Plan, seen: Tensor) -> None:
         """Count a group's verdicts, and let what steers see them."""
         self._counts.verdicts(seen[3].sum(), seen[0].sum())
         if self.options.capped:
-            rows = torch.tensor([row for bucket in group for row in bucket.rows], device=seen.device)
-            verdicts, slots, crowded, lengths = seen[:, rows]
+            verdicts, slots, crowded, lengths = seen[:, plan.rows]
             # A parameter is crowded where most of its components lie in crowded pieces.
-            self.steering.observe(rows, verdicts, slots, 2 * crowded > lengths)
+            self.steering.observe(plan.rows, verdicts, slots, 2 * crowded > lengths)
             if self.ladder is not None:
                 self.ladder.observe(verdicts, slots, crowded, lengths)
 
@@ -383,6 +389,7 @@ class VotePipeline:
             )
         device = self.voter.stats.device
         self.voter = Voter(self.options.confidence, self.options.carry)
+        self._room = None
         self._grow(device)
         for name, kept in state["voter"].items():
             self.voter.keep(names[name], kept)

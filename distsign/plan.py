@@ -97,9 +97,15 @@ class Column:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """An exchange group: the shares of all columns of a node."""
+    """An exchange group.
+
+    Attributes:
+        columns: the shares of all columns of a node.
+        rows: int64, its parameters.
+    """
 
     columns: tuple[Column, ...]
+    rows: Tensor
 
     @classmethod
     def build(
@@ -141,7 +147,8 @@ class Plan:
                         voted[-1].append((part, start + part.begin))
                     start += whole.length
             columns.append(_column(voted, raw, homes, num_voters, num_columns > 1, density, wire, owner_carry, device))
-        return cls(tuple(columns))
+        rows = [part.row for bucket in buckets for part in bucket]
+        return cls(tuple(columns), torch.tensor(rows, dtype=torch.int64, device=device))
 
 
 def _column(

@@ -108,6 +108,7 @@ class Voter:
         caps: IntArray | None = None,
         starts: IntArray | None = None,
         forget: bool = False,
+        lengths: Tensor | None = None,
     ) -> Cast:
         """Write the ballots of one exchange group into its buffer.
 
@@ -122,6 +123,7 @@ class Voter:
             caps: int64 `[num_pieces]`, most ballots of each piece, which needs a carry for the others; None: no cap.
             starts: int64 `[num_pieces]`, with caps: see `rotating_starts`.
             forget: whether the carry is cleared too where a ballot did not fit.
+            lengths: int64 `[num_rows]`, elements of each parameter; None: as the layout has them.
         """
         old = self.stats[rows]
         moments = None
@@ -149,10 +151,9 @@ class Voter:
             if caps is not None:
                 assert starts is not None
                 counts, crowded = self._settle(layout, caps, starts, counts, kernels, out)
-        lengths = torch.tensor(
-            [max(1, shape.num_elements) for shape in layout.shapes], dtype=torch.float64, device=out.device
-        )
-        new = self.confidence.observe(new, counts / lengths)
+        if lengths is None:
+            lengths = torch.tensor([shape.num_elements for shape in layout.shapes], device=out.device)
+        new = self.confidence.observe(new, counts / lengths.clamp(min=1).double())
         self._pending.append((rows, keep_idle_stats(old, new, active)))
         return Cast(counts.sum(), finite, crowded)
 

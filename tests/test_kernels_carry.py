@@ -256,6 +256,19 @@ def test_a_dead_component_keeps_its_carry(kernels: Kernels) -> None:
 
 
 @every_backend
+def test_a_component_is_dead_up_to_its_limit(kernels: Kernels) -> None:
+    case = one_piece(520, square=True)
+    assert case.memory.square is not None
+    limit = torch.tensor(1e-30)
+    case.memory.square[0] = 2 * limit  # halved by the decay; the gradient's own square is 0
+    case.memory.square[0, 1::2] = 2 * torch.nextafter(limit, torch.tensor(1.0))
+    case.memory.square[0, 2::4] = 1e-36
+    memory, _, _, _ = run_step(kernels, case, torch.full((520,), 1e-25), clear=False)
+    assert memory.carry[1, ::2].eq(0).all()
+    assert (memory.carry[1, 1::2] > 0.9e-10).all()
+
+
+@every_backend
 def test_a_huge_component_stays_finite(kernels: Kernels) -> None:
     case = one_piece(513, square=True)
     memory, _, _, finite = run_step(kernels, case, torch.full((513,), 1e25), clear=False)
