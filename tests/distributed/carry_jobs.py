@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.join import Join
 
 from distsign import FixedConfidence, RMSConfidence, SignAdamPP, SignVoteState
 from distsign.layout import Shape, shards
@@ -357,5 +358,24 @@ def train_hierarchical(rank: int, world_size: int, ranks_per_node: int, options:
     # Two bits a component of the share, there and back, and headers.
     want = 5 * share / 2 * (num_nodes - 1) / num_nodes
     assert 0.9 * want <= between <= 1.1 * want, (between, want)
+    state.close()
+    return digest(net)
+
+
+def join_with_carries(rank: int, world_size: int, case: Case) -> str:
+    """Rank r has 2 + r batches. What a rank kept when it ran out must be what it keeps at the end."""
+    net, model, state = build(options_of(case))
+    optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, momentum=0.0, vote_state=state)
+    mine: dict[str, Any] = {}
+    with Join([model]):
+        for step in range(2 + rank):
+            optimizer.zero_grad()
+            model(batch(rank, step, 0, torch.float32)).square().mean().backward()
+            optimizer.step()
+            mine = state.state_dict()["voter"]
+    after = state.state_dict()["voter"]
+    for name, kept in mine.items():
+        assert all(torch.equal(kept[key], after[name][key]) for key in kept), f"{name}: a joined rank changed its carry"
+        assert kept["carry"].any() or kept["carry"].numel() < 20
     state.close()
     return digest(net)

@@ -109,3 +109,8 @@ def test_nodes_vote_on_their_means(
 def test_nodes_of_different_sizes_are_refused(rank_pool: Pools) -> None:
     with pytest.raises(RanksFailed, match="ranks_per_node=2 does not divide the 3 ranks"):
         rank_pool(3).run(jobs.train_hierarchical, 2, {})
+
+
+@pytest.mark.parametrize("name", ["planes, both carries", "budget", "sizes by what was seen"])
+def test_a_rank_that_has_joined_keeps_its_carry(rank_pool: Pools, name: str) -> None:
+    assert len(set(rank_pool(3).run(jobs.join_with_carries, CASES[name]))) == 1

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from distsign import AdaptiveConfidence, FixedConfidence, TargetDensity, VoteError
+from distsign import AdaptiveConfidence, FixedConfidence, RMSConfidence, TargetDensity, VoteError
 
 from . import hook_jobs as jobs
 from .hook_jobs import Case
@@ -92,7 +92,9 @@ def test_poison_reaches_all_ranks_and_leaves_no_trace(rank_pool: Pools, value: f
     assert len(set(rank_pool(3).run(jobs.poison_some, value, 1))) == 1
 
 
-@pytest.mark.parametrize("confidence", [FixedConfidence(1e-3), AdaptiveConfidence()], ids=repr)
+@pytest.mark.parametrize(
+    "confidence", [FixedConfidence(1e-3), AdaptiveConfidence(), RMSConfidence(k=1.2, start=0.5)], ids=repr
+)
 def test_loss_scaling_changes_nothing(rank_pool: Pools, confidence: object) -> None:
     scaled = rank_pool(2).run(jobs.train_scaled, confidence, True)
     plain = rank_pool(2).run(jobs.train_scaled, confidence, False)
