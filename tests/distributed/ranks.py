@@ -433,8 +433,9 @@ class RankPool:
         try:
             for rank in range(self.world_size):
                 self._ranks.append(_Rank(rank, self.world_size, self._store.port))
-            # All must have imported torch before the first one waits for the others: the group's timeout is short.
-            for job in ((_do_nothing, (), {}), (_join_default_group, (self._store.port, GROUP_TIMEOUT_S), {})):
+            # All must have imported torch and the kernels before the first one waits for the others: the group's
+            # timeout is short.
+            for job in ((_load_kernels, (), {}), (_join_default_group, (self._store.port, GROUP_TIMEOUT_S), {})):
                 outcomes, _ = self._collect(pickle.dumps(job), START_DEADLINE_S, GRACE_S, ())
                 failures = [outcome for outcome in outcomes if isinstance(outcome, RankFailure)]
                 if failures:
@@ -484,8 +485,9 @@ class RankPool:
         return outcomes, gave_up and (grace_s is None or not someone_else_failed)
 
 
-def _do_nothing(rank: int, world_size: int) -> None:
-    """Answer, which shows that the rank has started."""
+def _load_kernels(rank: int, world_size: int) -> None:
+    """Load what takes long, and answer, which shows that the rank has started."""
+    import distsign.kernels.cpu  # noqa: F401, PLC0415 - from Numba's cache, some seconds on a busy machine
 
 
 def _job_name(fn: Callable[..., Any]) -> str:
