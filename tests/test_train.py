@@ -91,7 +91,8 @@ def test_wrong_options_are_one_clear_line(argv: list[str], words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_every_wire_and_exchange_is_one_that_the_library_knows() -> None:
+def test_every_wire_and_exchange_is_one_that_the_library_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # as under torchrun; the hierarchical exchange wants to know
     for wire in WIRES:
         for exchange in EXCHANGES:
             parse_options([*VOTE, "--confidence", "rms:k=24", "--wire", wire, "--exchange", exchange])
