@@ -60,7 +60,9 @@ def test_cuda_gets_the_triton_kernels_and_the_cpu_does_without() -> None:
 
 
 def test_a_missing_triton_is_said_in_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith(("triton", "distsign.kernels.cuda", "distsign.kernels.triton_"))]:
+    for name in [
+        name for name in sys.modules if name.startswith(("triton", "distsign.kernels.cuda", "distsign.kernels.triton_"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(distsign.kernels, "cuda", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
