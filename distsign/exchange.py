@@ -303,7 +303,7 @@ class VoteExchange:
         planes, too_many = owner.count(found.rows, found.at, ballots.layout, shard, verdicts.caps, starts, kernels)
         crowded = None
         if found.crowded is not None:
-            # A minority cannot raise the threshold, and so the learning rate, of all by claiming to be crowded.
+            # A minority cannot raise the thresholds of all by claiming to be crowded.
             crowded = too_many | (2 * found.crowded.sum(0) >= self.num_voters)
         return verdicts.seal_one(shard, planes, crowded, _mean(found.raw), poisoned, kernels)
 

@@ -68,8 +68,8 @@ class SignVoteState:
             Set it under loss scaling: thresholds, statistics and carries are in true gradient units.
 
     Raises:
-        ValueError: if an option is out of range or not in this version; at the first step, if the ranks' options
-            differ, or if a budget is impossible for the model.
+        ValueError: if an option is out of range; at the first step, if the ranks' options differ, or if a budget is
+            impossible for the model.
 
     Example:
         >>> from distsign import RMSConfidence
@@ -278,7 +278,7 @@ class SignVoteState:
         require_margin(self._options.margin, exchange.num_voters)
         if not tracked and (self._options.bits_per_param is not None or self._options.exclude):
             raise ValueError(
-                "bits_per_param is shared out over all parameters, which are not known: pass vote_state=state and "
+                "bits_per_param and exclude speak of all parameters, which are not known: pass vote_state=state and "
                 "model.named_parameters() to the optimizer, or call state.track(model.named_parameters()), before the "
                 "first backward"
             )
@@ -306,7 +306,7 @@ def sign_vote_hook(state: SignVoteState, bucket: GradBucket) -> Future[Tensor]:
     """Replace a bucket's gradients by the majority's verdicts, -1, 0 or +1.
 
     1. Each worker casts ballots: the sign of each component where it is confident, else an abstention.
-    2. Ballots travel, two bits each, to the rank that owns the component; it counts them.
+    2. Ballots travel, two bits a component or fewer, to the rank that owns the component; it counts them.
     3. Verdicts travel back to all ranks and are written into the bucket (times the loss scale, where one is known).
 
     A worker whose bucket holds a NaN or an infinity sends poison instead, and the bucket becomes NaN on every rank.

@@ -1,6 +1,6 @@
 """From planes to the payloads of one exchange group and back, for ballots or for verdicts.
 
-Uncapped, a payload is header and planes, and nothing is copied. Capped, it has room for a fixed number of votes: the
+Uncapped, a payload is header and planes. Capped, it has room for a fixed number of votes: the
 cheaper of planes and sparse, which follows from the caps alone, so that both ends know it. In front of such a body lies
 the census, one bit a piece: more wanted to vote here than fits. All ranks see the owners' bits and steer by them.
 
@@ -175,7 +175,6 @@ class Form:
             owner: whose pieces they speak of.
             payloads: uint8 `[num_senders, sizes[owner]]`, contiguous.
             kernels: backend of the device.
-
         """
         start, end = HEADER_BYTES + self.census_bytes[owner], self.sizes[owner] - 4 * self.raw_elements[owner]
         # Copied as bytes, since they need not lie where a float may.

@@ -1,7 +1,8 @@
-"""What all ranks know alike of a run, and derive the same from: thresholds, learning rate and sizes of payloads.
+"""What all ranks know alike of a run, and derive the same from: thresholds, learning rate and density of slots.
 
 Nothing here may differ between replicas: it is computed from the counts of verdicts and from the owners' census, with
-additions, products and comparisons alone, which IEEE arithmetic rounds alike on every device.
+the four operations and comparisons alone, which IEEE arithmetic rounds alike on every device, and from tables made on
+the host.
 """
 
 from __future__ import annotations
