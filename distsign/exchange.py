@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distsign.kernels import Kernels
 from distsign.layout import IntArray
+from distsign.nest import put_tensors, take_tensors
 from distsign.owner import Owner
 from distsign.payload import Form
 from distsign.traffic import ExchangeBytes
@@ -190,7 +191,7 @@ class VoteExchange:
         if self._all.group is None:
             return value
         tensors: list[Tensor] = []
-        nest = _take_tensors(value, tensors) if self._all.rank == source else None
+        nest = take_tensors(value, tensors) if self._all.rank == source else None
         box = [(nest, [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors])]
         sender = dist.get_global_rank(self._all.group, source)
         dist.broadcast_object_list(box, sender, group=self._all.group)
@@ -206,7 +207,7 @@ class VoteExchange:
                 tensor = torch.empty(shape, dtype=dtype, device=wire_device)
             dist.broadcast(tensor, sender, group=self._all.group)
             arrived.append(tensor.to(device))
-        return value if self._all.rank == source else _put_tensors(nest, arrived)
+        return value if self._all.rank == source else put_tensors(nest, arrived)
 
     def mean_in_node(self, buffer: Tensor, sizes: Sequence[int]) -> Tensor:
         """Return this rank's share of the mean over its node: a reduce-scatter whose order of additions is fixed.
@@ -350,34 +351,6 @@ class VoteExchange:
                 f"a payload that reached {self.describe()} had a header other than expected; that step was poisoned on "
                 "all ranks. The ranks do not train the same model with the same options"
             )
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Stands in a nest for a tensor that travels apart."""
-
-    index: int
-
-
-def _take_tensors(value: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors.append(value.detach().contiguous())
-        return _Place(len(tensors) - 1)
-    if isinstance(value, dict):
-        return {key: _take_tensors(item, tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([_take_tensors(item, tensors) for item in value])
-    return value
-
-
-def _put_tensors(nest: Any, tensors: list[Tensor]) -> Any:
-    if isinstance(nest, _Place):
-        return tensors[nest.index]
-    if isinstance(nest, dict):
-        return {key: _put_tensors(item, tensors) for key, item in nest.items()}
-    if isinstance(nest, (list, tuple)):
-        return type(nest)([_put_tensors(item, tensors) for item in nest])
-    return nest
 
 
 def _twin_of(parent: dist.ProcessGroup, ranks: list[int]) -> dist.ProcessGroup:

@@ -142,19 +142,33 @@ class Form:
             poisoned: bool scalar tensor; the body of a poisoned payload is zeros or void.
             kernels: backend of the device.
         """
-        sealed = []
+        buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, device=planes.device)
+        parts = torch.split(buffer, list(self.sizes))
         shares = torch.split(raw, list(self.raw_elements))
         for owner, at in enumerate(self.layout.offsets):
             body = planes[at + HEADER_BYTES : at + self.layout.sizes[owner]]
             chosen = None if crowded is None else crowded[self._numbers(owner, planes.device)]
-            sealed.append(self.seal_one(owner, body, chosen, shares[owner], poisoned, kernels))
-        return torch.cat(sealed)
+            self._seal_into(parts[owner], owner, body, chosen, shares[owner], poisoned, kernels)
+        return buffer
 
     def seal_one(
         self, owner: int, planes: Tensor, crowded: Tensor | None, raw: Tensor, poisoned: Tensor, kernels: Kernels
     ) -> Tensor:
         """Return one owner's payload, uint8 `[sizes[owner]]`; planes, census and raw are those of its share."""
         payload = torch.empty(self.sizes[owner], dtype=torch.uint8, device=planes.device)
+        self._seal_into(payload, owner, planes, crowded, raw, poisoned, kernels)
+        return payload
+
+    def _seal_into(
+        self,
+        payload: Tensor,
+        owner: int,
+        planes: Tensor,
+        crowded: Tensor | None,
+        raw: Tensor,
+        poisoned: Tensor,
+        kernels: Kernels,
+    ) -> None:
         payload[:HEADER_BYTES] = self._header_bytes(owner, planes.device)
         payload[POISON_BYTE] |= poisoned.to(torch.uint8) * POISON_FLAG
         start, end = HEADER_BYTES + self.census_bytes[owner], self.sizes[owner] - 4 * self.raw_elements[owner]
@@ -166,7 +180,6 @@ class Form:
         else:
             kernels.encode_sparse(planes, self.layout.plane_bytes(owner), code, payload[start:end])
         payload[end:] = raw.view(torch.uint8)
-        return payload
 
     def open(self, owner: int, payloads: Tensor, kernels: Kernels) -> Opened:
         """Read the bodies of one owner's payloads from several senders; headers are checked elsewhere.

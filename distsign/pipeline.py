@@ -318,7 +318,9 @@ class VotePipeline:
     def _mean_in_node(self, group: list[_Bucket], plan: Plan) -> tuple[list[Tensor], Tensor]:
         """Return the node's mean gradient on this rank's share: per bucket what is voted on, and what is averaged."""
         assert self.exchange is not None
-        buffer = torch.cat([group[k].gradient[a : a + n] for each in plan.columns for k, a, n in each.runs])
+        buffer = torch.cat(
+            [group[k].gradient[a : a + n] for each in plan.columns for k, a, n in (*each.voted_runs, *each.raw_runs)]
+        )
         mean = self.exchange.mean_in_node(buffer, [each.num_elements for each in plan.columns])
         column = plan.columns[self.exchange.local_rank]
         *voted, raw = torch.split(mean, [*column.num_voted, column.num_raw])

@@ -59,8 +59,8 @@ class Column:
         slots: int64 `[num_rows]`, most verdicts that fit.
         piece_row: int64 `[num_pieces]`.
         piece_length: int64 `[num_pieces]`.
-        runs: `(bucket, start, length)` of every part as it lies in the buckets: the voted ones in order, then the
-            averaged ones.
+        voted_runs: `(bucket, start, length)` of every voted part as it lies in the buckets, in order.
+        raw_runs: likewise of the averaged ones.
         num_voted: elements of the voted ones, per bucket.
         num_raw: elements of the averaged ones.
     """
@@ -74,7 +74,8 @@ class Column:
     slots: Tensor
     piece_row: Tensor
     piece_length: Tensor
-    runs: tuple[tuple[int, int, int], ...]
+    voted_runs: tuple[tuple[int, int, int], ...]
+    raw_runs: tuple[tuple[int, int, int], ...]
     num_voted: tuple[int, ...]
     num_raw: int
 
@@ -82,17 +83,6 @@ class Column:
     def num_elements(self) -> int:
         """Components of the share."""
         return sum(self.num_voted) + self.num_raw
-
-    @property
-    def raw_runs(self) -> tuple[tuple[int, int, int], ...]:
-        """Where the averaged components lie."""
-        end, found = self.num_raw, []
-        for run in reversed(self.runs):
-            if end <= 0:
-                break
-            found.append(run)
-            end -= run[2]
-        return tuple(reversed(found))
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +172,8 @@ def _column(
         slots=torch.zeros_like(lengths).index_add_(0, piece_row, slots),
         piece_row=piece_row,
         piece_length=torch.from_numpy(pieces.length).to(device),
-        runs=(*runs, *raw),
+        voted_runs=tuple(runs),
+        raw_runs=tuple(raw),
         num_voted=tuple(sum(shape.num_elements for shape in bucket) for bucket in shapes),
         num_raw=num_raw,
     )

@@ -756,22 +756,29 @@ def test_each_group_warms_up_by_itself(decided_on: str) -> None:
     assert lengths == [[0.25, 0.0], [0.0, 0.0], [0.0, 0.25], [1.0, 0.0]]
 
 
-def test_with_a_carry_it_learns() -> None:
-    """Least squares on one worker, as a user writes it."""
+def least_squares(make: Callable[[list[nn.Parameter]], SignOptimizer], num_steps: int) -> list[float]:
+    """Fit a linear layer with a cosine schedule, as a user writes it; return the losses."""
     torch.manual_seed(0)
     x = torch.randn(64, 8)
     y = x @ torch.randn(8, 1)
     model = nn.Linear(8, 1)
-    optimizer = SignAdamPP(model.parameters(), lr=0.2, momentum=0.0, confidence=RMSConfidence(k=4, start=1))
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    optimizer = make(list(model.parameters()))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     losses = []
-    for _ in range(300):
+    for _ in range(num_steps):
         optimizer.zero_grad()
         loss = (model(x) - y).square().mean()
         loss.backward()
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
+    return losses
+
+
+def test_with_a_carry_it_learns() -> None:
+    """Least squares on one worker, as a user writes it."""
+    confidence = RMSConfidence(k=4, start=1)
+    losses = least_squares(lambda params: SignAdamPP(params, lr=0.2, momentum=0.0, confidence=confidence), 300)
     assert losses[-1] < 0.01 * losses[0]
 
 
@@ -1030,20 +1037,7 @@ def test_grad_scaler(cls: type[SignOptimizer]) -> None:
 @every_optimizer
 def test_it_learns(cls: type[SignOptimizer]) -> None:
     """Least squares by a linear layer, with a cosine schedule: the loss falls to a small part of what it was."""
-    torch.manual_seed(0)
-    x = torch.randn(64, 8)
-    y = x @ torch.randn(8, 1)
-    model = nn.Linear(8, 1)
-    optimizer = cls(model.parameters(), lr=0.05)  # type: ignore[call-arg, arg-type]
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
-    losses = []
-    for _ in range(200):
-        optimizer.zero_grad()
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
+    losses = least_squares(lambda params: cls(params, lr=0.05), 200)  # type: ignore[call-arg, arg-type]
     assert losses[-1] < 0.01 * losses[0]
 
 
