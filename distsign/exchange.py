@@ -270,9 +270,8 @@ class VoteExchange:
         """
         rows = torch.stack([payloads[at : at + HEADER_BYTES] for at in verdicts.offsets])
         poisoned = self._check(rows, list(verdicts.headers))
-        found = verdicts.open_all(payloads, kernels)
-        crowded = None if found.crowded is None else found.crowded[0]
-        return Verdicts(found.rows[0], crowded, found.raw[0], self._require(found.ok, poisoned, "verdicts"))
+        planes, crowded, mean, ok = verdicts.open_all(payloads, kernels)
+        return Verdicts(planes, crowded, mean, self._require(ok, poisoned, "verdicts"))
 
     def _all_gather(
         self, ballots: Form, verdicts: Form, buffer: Tensor, owner: Owner, starts: IntArray, kernels: Kernels
@@ -299,9 +298,9 @@ class VoteExchange:
         kernels: Kernels,
     ) -> Tensor:
         """Turn all workers' payloads on one shard into the payload of its verdicts."""
-        found = ballots.open(shard, received, kernels)
-        poisoned = self._require(found.ok, poisoned, "ballots")
-        planes, too_many = owner.count(found.rows, found.at, ballots.layout, shard, verdicts.caps, starts, kernels)
+        found = ballots.open(shard, received)
+        planes, too_many, ok = owner.count(found, ballots.layout, shard, verdicts.caps, starts, kernels)
+        poisoned = self._require(ok, poisoned, "ballots")
         crowded = None
         if found.crowded is not None:
             # A minority cannot raise the thresholds of all by claiming to be crowded.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distsign.kernels import Kernels, Spans
 from distsign.layout import IntArray, Layout
+from distsign.payload import Opened
 
 __all__ = ["OWNER_CARRIES", "Owner", "Piece", "make_owner"]
 
@@ -50,19 +51,17 @@ class Owner(ABC):
 
     def count(
         self,
-        ballots: Tensor,
-        at: int,
+        ballots: Opened,
         layout: Layout,
         owner: int,
         caps: IntArray | None,
         starts: IntArray,
         kernels: Kernels,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the verdicts on one owner's pieces.
 
         Args:
-            ballots: uint8 `[num_voters, any]`, each row with that worker's planes from byte `at`.
-            at: see above.
+            ballots: of all workers, one row each.
             layout: the group's.
             owner: whose pieces they are.
             caps: int64 `[num_pieces]` of the group, most verdicts of each; None without a cap.
@@ -70,26 +69,27 @@ class Owner(ABC):
             kernels: backend of the device.
 
         Returns:
-            `(planes, crowded)`: uint8 `[2 * plane_bytes]`; bool, True for each of the owner's pieces that would have
-            more verdicts than its cap.
+            `(planes, crowded, ok)`: uint8 `[2 * plane_bytes]`; bool, True for each of the owner's pieces that would
+            have more verdicts than its cap; bool `[num_voters]`, False for a malformed body, with which the step must
+            be poisoned.
         """
         spans, numbers = layout.owned(owner)
         limits = torch.from_numpy(spans.length if caps is None else caps[numbers])
-        planes = torch.empty(2 * layout.plane_bytes(owner), dtype=torch.uint8, device=ballots.device)
-        self._live = self._live.to(ballots.device)
+        planes = torch.empty(2 * ballots.num_bytes, dtype=torch.uint8, device=ballots.rows.device)
+        self._live = self._live.to(planes.device)
         cut = Cut(limits, torch.from_numpy(starts[numbers]))
         pieces = [
             (layout.shapes[row].index, start, length)
             for row, start, length in zip(spans.row.tolist(), spans.home.tolist(), spans.length.tolist(), strict=True)
         ]
-        wanted = self._count(ballots, at, spans, pieces, cut, planes, kernels)
-        return planes, wanted > limits.to(wanted.device)
+        wanted, ok = self._count(ballots, spans, pieces, cut, planes, kernels)
+        return planes, wanted > limits.to(wanted.device), ok
 
     @abstractmethod
     def _count(
-        self, ballots: Tensor, at: int, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
-    ) -> Tensor:
-        """Write the verdicts' planes; return how many each piece would have without a cap, int64."""
+        self, ballots: Opened, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        """Write the verdicts' planes; return how many each piece would have without a cap, int64, and which are ok."""
 
     def commit(self, poisoned: Tensor) -> None:
         """Keep what this step's counts left, or forget it if the step was poisoned (bool scalar tensor)."""
@@ -111,11 +111,12 @@ class Forgetful(Owner):
     kind = None
 
     def _count(
-        self, ballots: Tensor, at: int, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
-    ) -> Tensor:
+        self, ballots: Opened, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
         del cut  # where nothing is kept nothing may be cut: the caps are those of all voters together
-        kernels.tally(ballots, at, planes.numel() // 2, self.margin, planes)
-        return torch.zeros(spans.start.size, dtype=torch.int64, device=planes.device)
+        rows, at, ok = ballots.planes(kernels)
+        kernels.tally(rows, at, ballots.num_bytes, self.margin, planes)
+        return torch.zeros(spans.start.size, dtype=torch.int64, device=planes.device), ok
 
 
 class PlainCarry(Owner):
@@ -130,45 +131,40 @@ class PlainCarry(Owner):
         super().__init__(margin, num_voters, forget=forget)
         self._homes: dict[Piece, int] = {}
         self._undecided = torch.zeros(2, 0, dtype=torch.int16)
+        self._recent = torch.zeros(0, dtype=torch.uint8)  # see `Kernels.tally_sparse`
 
     def _count(
-        self, ballots: Tensor, at: int, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
-    ) -> Tensor:
-        self._make_room(pieces, ballots.device)
+        self, ballots: Opened, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        self._make_room(pieces, planes.device)
         home = np.asarray([self._homes[piece] for piece in pieces], dtype=np.int64)
         spans = Spans(spans.start, spans.length, spans.row, spans.mask_at, spans.sign_at, home)
-        kernels.tally_carry(ballots, at, spans, self.margin, self._undecided, self._live, planes)
-        wanted = kernels.settle_votes(planes, spans, cut.caps, cut.starts, self.margin, self._undecided, self._live)
-        if self.forget:
-            self._drop_decided(home, spans.length, wanted > cut.caps.to(wanted.device))
-        return wanted
-
-    def _drop_decided(self, home: IntArray, length: IntArray, crowded: Tensor) -> None:
-        """Set votes that still reach the margin to 0, in the spare half, where a piece is crowded."""
-        spare = (1 - self._live).reshape(1)
-        for k, (start, size) in enumerate(zip(home.tolist(), length.tolist(), strict=True)):
-            if crowded.device.type == "cpu" and not crowded[k]:
-                continue
-            halves = self._undecided[:, start : start + size]
-            votes = halves.index_select(0, spare)
-            halves.index_copy_(0, spare, votes.masked_fill((votes.abs() >= self.margin) & crowded[k], 0))
+        kept = self.margin, self._undecided, self._live
+        if ballots.code is None:
+            rows, at, ok = ballots.planes(kernels)
+            self._recent.fill_(255)
+            kernels.tally_carry(rows, at, spans, *kept, planes)
+        else:
+            ok = kernels.tally_sparse(ballots.rows, ballots.at, ballots.code, spans, *kept, self._recent, planes)
+        return kernels.settle_votes(planes, spans, cut.caps, cut.starts, *kept, forget=self.forget), ok
 
     def _make_room(self, pieces: list[Piece], device: torch.device) -> None:
         end = before = self._undecided.shape[1]
         for piece in pieces:
             if piece not in self._homes:
                 self._homes[piece] = end
-                end += piece[2]
-        self._undecided = self._undecided.to(device)
+                end += (piece[2] + 7) // 8 * 8
+        self._undecided, self._recent = self._undecided.to(device), self._recent.to(device)
         if end > before:
             self._undecided = torch.nn.functional.pad(self._undecided, (0, end - before))
+            self._recent = torch.nn.functional.pad(self._recent, (0, (end - before) // 8), value=255)
 
     def kept(self) -> dict[Piece, Tensor]:  # noqa: D102
         live = self._undecided[int(self._live)]
         return {piece: live[home : home + piece[2]].clone() for piece, home in self._homes.items()}
 
     def keep(self, kept: Mapping[Piece, Tensor], device: torch.device) -> None:  # noqa: D102
-        self._homes, self._undecided = {}, torch.zeros(2, 0, dtype=torch.int16)
+        self._homes, self._undecided, self._recent = {}, self._undecided[:, :0], self._recent[:0]
         self._make_room(list(kept), device)
         for piece, value in kept.items():
             self._undecided[:, self._homes[piece] : self._homes[piece] + piece[2]] = value.to(device)
@@ -187,22 +183,23 @@ class StandingBallots(Owner):
         self._standing: dict[Piece, Tensor] = {}  # uint8 [2, num_voters, 2, plane_bytes]
 
     def _count(
-        self, ballots: Tensor, at: int, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
-    ) -> Tensor:
+        self, ballots: Opened, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
         for piece in pieces:
             if piece not in self._standing:
                 self._standing[piece] = torch.zeros(
-                    2, self.num_voters, 2, (piece[2] + 7) // 8, dtype=torch.uint8, device=ballots.device
+                    2, self.num_voters, 2, (piece[2] + 7) // 8, dtype=torch.uint8, device=planes.device
                 )
+        rows, at, ok = ballots.planes(kernels)
         kept = [self._standing[piece] for piece in pieces]
         standing = torch.cat([planes.new_zeros(2, self.num_voters, 2, 0), *kept], dim=-1)
         flat = standing.flatten(-2)
-        kernels.tally_standing(ballots, at, planes.numel() // 2, self.margin, flat, self._live, planes)
+        kernels.tally_standing(rows, at, ballots.num_bytes, self.margin, flat, self._live, planes)
         wanted = kernels.settle_standing(planes, spans, cut.caps, cut.starts, flat, self._live)
         parts = torch.split(flat.view_as(standing), [old.shape[-1] for old in kept], dim=-1)
         for old, new in zip(kept, parts, strict=True):
             old.copy_(new)
-        return wanted
+        return wanted, ok
 
     def kept(self) -> dict[Piece, Tensor]:  # noqa: D102
         return {piece: halves[int(self._live)].clone() for piece, halves in self._standing.items()}

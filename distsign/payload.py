@@ -41,21 +41,38 @@ def caps_at(density: float, length: IntArray, voters: int = 1) -> IntArray:
 
 @dataclass(frozen=True)
 class Opened:
-    """What payloads hold, one row a sender.
+    """What the payloads of one owner's pieces hold, one row a sender.
 
     Attributes:
-        rows: uint8 `[num_senders, any]`, with the planes from byte `at` of each row.
+        rows: uint8 `[num_senders, any]`, with the bodies from byte `at` of each row.
         at: see above.
+        num_bytes: of one plane.
+        code: of the bodies; None for planes.
         crowded: bool `[num_senders, num_pieces]`, the census; None without caps.
         raw: float32 `[num_senders, num_raw]`, components to average.
-        ok: bool, False for each body that is malformed.
     """
 
     rows: Tensor
     at: int
+    num_bytes: int
+    code: SparseCode | None
     crowded: Tensor | None
     raw: Tensor
-    ok: Tensor
+
+    def write_planes(self, sender: int, out: Tensor, kernels: Kernels) -> Tensor:
+        """Write one sender's planes into `out`, uint8 `[2 * num_bytes]`; return False if the body is malformed."""
+        body = self.rows[sender, self.at :]
+        if self.code is not None:
+            return kernels.decode_sparse(body[: self.code.num_bytes], self.code, self.num_bytes, out)
+        out.copy_(body[: 2 * self.num_bytes])
+        return body.new_ones((), dtype=torch.bool)
+
+    def planes(self, kernels: Kernels) -> tuple[Tensor, int, Tensor]:
+        """Return rows of planes, the byte in each where they begin, and bool, False for each malformed body."""
+        if self.code is None:
+            return self.rows, self.at, self.rows.new_ones(self.rows.shape[0], dtype=torch.bool)
+        planes = self.rows.new_empty(self.rows.shape[0], 2 * self.num_bytes)
+        return planes, 0, torch.stack([self.write_planes(k, row, kernels) for k, row in enumerate(planes)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,52 +198,45 @@ class Form:
             kernels.encode_sparse(planes, self.layout.plane_bytes(owner), code, payload[start:end])
         payload[end:] = raw.view(torch.uint8)
 
-    def open(self, owner: int, payloads: Tensor, kernels: Kernels) -> Opened:
-        """Read the bodies of one owner's payloads from several senders; headers are checked elsewhere.
+    def open(self, owner: int, payloads: Tensor) -> Opened:
+        """Take apart one owner's payloads from several senders; headers are checked elsewhere, bodies where they are read.
 
         Args:
             owner: whose pieces they speak of.
             payloads: uint8 `[num_senders, sizes[owner]]`, contiguous.
-            kernels: backend of the device.
         """
         start, end = HEADER_BYTES + self.census_bytes[owner], self.sizes[owner] - 4 * self.raw_elements[owner]
         # Copied as bytes, since they need not lie where a float may.
         raw = torch.empty(payloads.shape[0], self.raw_elements[owner], device=payloads.device)
         raw.view(torch.uint8).copy_(payloads[:, end:])
-        num_pieces = self._numbers(owner, payloads.device).numel()
+        num_pieces = self.layout.owned(owner)[1].size
         crowded = None if self.caps is None else _unpack_bits(payloads[:, HEADER_BYTES:start], num_pieces)
-        code = self.codes[owner]
-        if code is None:
-            return Opened(payloads, start, crowded, raw, payloads.new_ones(payloads.shape[0], dtype=torch.bool))
-        num_bytes = self.layout.plane_bytes(owner)
-        rows = torch.empty(payloads.shape[0], 2 * num_bytes, dtype=torch.uint8, device=payloads.device)
-        ok = [kernels.decode_sparse(payloads[k, start:end], code, num_bytes, row) for k, row in enumerate(rows)]
-        return Opened(rows, 0, crowded, raw, torch.stack(ok))
+        return Opened(payloads, start, self.layout.plane_bytes(owner), self.codes[owner], crowded, raw)
 
-    def open_all(self, buffer: Tensor, kernels: Kernels) -> Opened:
-        """Read the payloads of all owners as one, whose planes lie where the layout puts them.
+    def open_all(self, buffer: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Read the payloads of all owners.
 
-        Its headers mean nothing.
+        Returns:
+            `(planes, crowded, raw, ok)`: uint8 `[layout.buffer_bytes]`, the planes where the layout puts them, whose
+            headers mean nothing; the census, bool `[num_pieces]`, None without caps; float32 `[num_raw]`; and bool
+            `[num_owners]`, False for each body that is malformed.
         """
         if self.caps is None and not any(self.raw_elements):
-            return Opened(
-                buffer.unsqueeze(0), 0, None, buffer.new_zeros(1, 0, dtype=torch.float32), buffer.new_ones(1).bool()
-            )
-        planes = torch.empty(1, self.layout.buffer_bytes, dtype=torch.uint8, device=buffer.device)
+            ok = buffer.new_ones(len(self.sizes), dtype=torch.bool)
+            return buffer, None, buffer.new_zeros(0, dtype=torch.float32), ok
+        planes = torch.empty(self.layout.buffer_bytes, dtype=torch.uint8, device=buffer.device)
         crowded = None
         if self.caps is not None:
-            crowded = torch.zeros(1, self.caps.size, dtype=torch.bool, device=buffer.device)
-        parts = []
+            crowded = torch.zeros(self.caps.size, dtype=torch.bool, device=buffer.device)
+        raw, ok = [], []
         for owner, at in enumerate(self.offsets):
-            part = self.open(owner, buffer[at : at + self.sizes[owner]].unsqueeze(0), kernels)
+            part = self.open(owner, buffer[at : at + self.sizes[owner]].unsqueeze(0))
             first = self.layout.offsets[owner] + HEADER_BYTES
-            num_bytes = 2 * self.layout.plane_bytes(owner)
-            planes[0, first : first + num_bytes] = part.rows[0, part.at : part.at + num_bytes]
+            ok.append(part.write_planes(0, planes[first : first + 2 * part.num_bytes], kernels))
             if crowded is not None and part.crowded is not None:
-                crowded[0, self._numbers(owner, buffer.device)] = part.crowded[0]
-            parts.append(part)
-        raw = torch.cat([part.raw for part in parts], dim=1)
-        return Opened(planes, 0, crowded, raw, torch.cat([part.ok for part in parts]))
+                crowded[self._numbers(owner, buffer.device)] = part.crowded[0]
+            raw.append(part.raw[0])
+        return planes, crowded, torch.cat(raw), torch.stack(ok)
 
     @cached_property
     def _tables(self) -> dict[tuple[str, int, torch.device], Tensor]:

@@ -150,7 +150,7 @@ class Voter:
             counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=forget or caps is None)
             if caps is not None:
                 assert starts is not None
-                counts, crowded = self._settle(layout, caps, starts, counts, kernels, out)
+                counts, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=forget)
         if lengths is None:
             lengths = torch.tensor([shape.num_elements for shape in layout.shapes], device=out.device)
         new = self.confidence.observe(new, counts / lengths.clamp(min=1).double())
@@ -174,13 +174,21 @@ class Voter:
         return _summed(parts)
 
     def _settle(
-        self, layout: Layout, caps: IntArray, starts: IntArray, counts: Tensor, kernels: Kernels, out: Tensor
+        self,
+        layout: Layout,
+        caps: IntArray,
+        starts: IntArray,
+        counts: Tensor,
+        kernels: Kernels,
+        out: Tensor,
+        *,
+        forget: bool,
     ) -> tuple[Tensor, Tensor]:
         """Keep what fits; return the ballots left of each row, and which pieces had more."""
-        assert self.memory is not None
         limits = torch.from_numpy(caps)
         pieces = layout.all_pieces
-        wanted = kernels.settle_carry(out, pieces, limits, torch.from_numpy(starts), self.memory)
+        memory = None if forget else self.memory  # where the carry forgets, packing has cleared it
+        wanted = kernels.settle_carry(out, pieces, limits, torch.from_numpy(starts), memory)
         limits = limits.to(wanted.device)
         row = torch.from_numpy(pieces.row).to(wanted.device)
         kept = torch.zeros_like(counts).index_add_(0, row, torch.minimum(wanted, limits))

@@ -115,6 +115,13 @@ def spans_of(rng: np.random.Generator, sizes: tuple[int, ...] = SIZES) -> tuple[
     return spans, num_elements, num_bytes, num_kept
 
 
+def side_by_side(spans: Spans) -> tuple[Spans, int]:
+    """Return the pieces with mask planes one behind the other and sign planes after them; and the bytes of either."""
+    planes_bytes = (spans.length + 7) // 8
+    at, num_bytes = np.cumsum(planes_bytes) - planes_bytes, int(planes_bytes.sum())
+    return Spans(spans.start, spans.length, spans.row, at, at + num_bytes, spans.home), num_bytes
+
+
 def gradient(rng: np.random.Generator, size: int, special: float = 0.2) -> Tensor:
     grad = rng.standard_normal(size).astype(np.float32)
     there = rng.random(size) < special
@@ -240,6 +247,7 @@ def test_pack_carry(kernels: Kernels, live: int, dtype: torch.dtype, square: boo
     assert bool(results[1]) and int(results[0].sum()) > 0
     if not clear:
         planes, memory = results[-1], results[-2]
+        agree(kernels, "settle_carry", planes, spans, *turns(rng, spans), None, on_cpu=(2, 3))
         votes = agree(kernels, "settle_carry", planes, spans, *turns(rng, spans), memory, on_cpu=(2, 3))[0]
         assert int(votes.sum()) == int(results[0].sum())
 
@@ -296,18 +304,34 @@ def test_tally_carry_and_settle_votes(kernels: Kernels, world_size: int, live: i
     args = (payloads, 5, spans, margin, undecided, torch.tensor(live), filled(num_bytes))
     *_, after, _, planes = agree(kernels, "tally_carry", *args)
     args = (planes, spans, *turns(rng, spans), margin, after, torch.tensor(live))
-    counts, *_ = agree(kernels, "settle_votes", *args, on_cpu=(2, 3))
+    for forget in (False, True):
+        counts, *_ = agree(kernels, "settle_votes", *args, on_cpu=(2, 3), forget=forget)
     assert int(counts.sum()) > 0
+
+
+def test_tally_sparse(kernels: Kernels) -> None:
+    rng = np.random.default_rng(5)
+    spans, _, _, num_kept = spans_of(rng)
+    spans, num_bytes = side_by_side(spans)
+    mask, sign = (torch.from_numpy(rng.random(8 * num_bytes) < share) for share in (0.1, 0.5))
+    planes = torch.from_numpy(np.packbits(torch.stack([mask, mask & sign]).numpy(), axis=1, bitorder="little"))
+    code = SparseCode(8 * num_bytes, int(mask.sum()) + 3)
+    payloads = filled(2 * (code.num_bytes + 9)).view(2, -1)
+    for row in payloads:
+        reference.encode_sparse(planes.view(-1), planes.shape[1], code, row[6 : 6 + code.num_bytes])
+    payloads[1, 6] ^= 1  # a body that nobody writes, whose votes mean nothing but reach no other place
+    undecided = torch.from_numpy(rng.integers(-3, 4, (2, num_kept)).astype(np.int16))
+    recent, live, out = filled(0), torch.tensor(0), filled(planes.numel())
+    for rows in (payloads[:1], payloads[:1].repeat(3, 1)):
+        agree(kernels, "tally_sparse", rows, 6, code, spans, 2, undecided, live, recent, out)
+    args = (payloads, 6, code, spans, 2, undecided, live, recent, out)
+    assert kernels.tally_sparse(*map(on_device, args)).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(("world_size", "live", "margin"), [(1, 0, 1), (3, 0, 2), (3, 1, 1)])
 def test_tally_standing_and_settle_standing(kernels: Kernels, world_size: int, live: int, margin: int) -> None:
     rng = np.random.default_rng(live)
-    spans, _, _, _ = spans_of(rng)
-    planes_bytes = (spans.length + 7) // 8
-    num_bytes = int(planes_bytes.sum())
-    at = np.cumsum(planes_bytes) - planes_bytes
-    spans = Spans(spans.start, spans.length, spans.row, at, at + num_bytes)
+    spans, num_bytes = side_by_side(spans_of(rng)[0])
     payloads = random_bytes(rng, world_size, 3 + 2 * num_bytes)
     standing = random_bytes(rng, 2, world_size, 2, num_bytes)
     standing[:, :, 1] &= standing[:, :, 0]

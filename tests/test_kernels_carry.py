@@ -399,6 +399,9 @@ def test_settle_carry_follows_the_rule(case: Case, seed: int) -> None:
         assert before.dtype == torch.int64 and before.tolist() == counts
         assert found.numpy().tobytes() == wanted_planes
         assert same_memory(memory, wanted)
+        found = planes.clone()
+        assert kernels.settle_carry(found, case.spans, torch.tensor(caps), torch.tensor(starts), None).tolist() == counts
+        assert found.numpy().tobytes() == wanted_planes
 
 
 @every_backend

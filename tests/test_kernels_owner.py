@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distsign.kernels import Kernels, Spans, cpu, plane_bytes, reference
+from distsign.kernels import Kernels, SparseCode, Spans, cpu, plane_bytes, reference
 
 BACKENDS: list[Kernels] = [reference, cpu]
 every_backend = pytest.mark.parametrize("kernels", BACKENDS, ids=["reference", "cpu"])
@@ -147,22 +147,86 @@ def test_undecided_votes_follow_the_rule(data: st.DataObject, pieces: Pieces, wo
             wanted.append(np.sign(votes) * (np.abs(votes) >= margin))
         caps, starts = draw_cuts(data, wanted)
         sent = [keep(v, int(c), int(s)) for v, c, s in zip(wanted, caps, starts, strict=True)]
+        forget = data.draw(st.booleans())
         for kernels, found in zip(BACKENDS, memories, strict=True):
             out = torch.full((2 * pieces.num_bytes,), FILL, dtype=torch.uint8)
             where = torch.tensor(live)
             kernels.tally_carry(payloads, body_at, pieces.spans, margin, found, where, out)
             assert np.array_equal(found.numpy(), expected)
             assert np.array_equal(out.numpy(), pieces.body(wanted, FILL))
-            counts = kernels.settle_votes(out, pieces.spans, caps, starts, margin, found, where)
+            counts = kernels.settle_votes(out, pieces.spans, caps, starts, margin, found, where, forget=forget)
             assert counts.dtype == torch.int64
             assert counts.tolist() == [np.count_nonzero(v) for v in wanted]
             assert np.array_equal(out.numpy(), pieces.body(sent, FILL))
-        for home, piece in zip(pieces.homes(), sent, strict=True):
-            expected[1 - live, home] -= (margin * piece).astype(np.int16)
+        for home, piece, verdicts, cap in zip(pieces.homes(), sent, wanted, caps, strict=True):
+            votes = expected[1 - live, home]
+            votes -= (margin * piece).astype(np.int16)
+            if forget and np.count_nonzero(verdicts) > cap:
+                votes[np.abs(votes) >= margin] = 0
         for found in memories:
             assert np.array_equal(found.numpy(), expected), "both halves, and what lies between the pieces"
         memory = expected
         live = 1 - live  # a clean step; a poisoned one would leave it
+
+
+@st.composite
+def neighbours(draw: st.DrawFn) -> Pieces:
+    """Pieces as an owner has them: one behind the other in its planes, at homes of whole bytes."""
+    lengths = draw(st.lists(st.one_of(st.sampled_from(SIZES), st.integers(0, 1100)), min_size=1, max_size=4))
+    order = draw(st.permutations(range(len(lengths))))
+    num_bytes = np.array([plane_bytes(n) for n in lengths])
+    mask_at, home = np.cumsum(num_bytes) - num_bytes, np.zeros(len(lengths), dtype=np.int64)
+    home[order] = 8 * (np.cumsum(num_bytes[order]) - num_bytes[order])
+    total, row = int(num_bytes.sum()), np.arange(len(lengths))
+    return Pieces(Spans(row, np.array(lengths), row, mask_at, mask_at + total, home), total, 8 * total)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data(), neighbours(), st.sampled_from([1, 2, 3, 8]), st.integers(0, 2**32 - 1))
+def test_sparse_bodies_are_tallied_as_their_planes_are(
+    data: st.DataObject, pieces: Pieces, world_size: int, seed: int
+) -> None:
+    """Through steps that are clean, poisoned, malformed or sent as planes, for which all that is known is forgotten."""
+    rng = np.random.default_rng(seed)
+    margin = data.draw(st.integers(1, world_size + 1))
+    before = rng.integers(-margin - 1, margin + 2, (2, pieces.num_homes)).astype(np.int16)
+    before[rng.random(before.shape) < 0.05] = data.draw(st.sampled_from([MOST, -MOST, MOST - 1]))
+    memories = [torch.from_numpy(before.copy()) for _ in BACKENDS]
+    recents = [torch.full((pieces.num_bytes,), 255, dtype=torch.uint8) for _ in BACKENDS]
+    live = torch.tensor(data.draw(st.integers(0, 1)))
+    for _ in range(6):
+        ballots = cast(pieces, world_size, rng, data.draw(st.sampled_from([0.0, 0.02, 0.3])))
+        rows = payloads_of(pieces, ballots, 0)[:, : 2 * pieces.num_bytes].contiguous()
+        num_votes = max(sum(int(np.count_nonzero(piece[w])) for piece in ballots) for w in range(world_size))
+        code = SparseCode(8 * pieces.num_bytes, min(8 * pieces.num_bytes, num_votes + data.draw(st.integers(0, 9))))
+        payloads = torch.full((world_size, 5 + code.num_bytes + 3), FILL, dtype=torch.uint8)
+        for row, payload in zip(rows, payloads, strict=True):
+            assert reference.encode_sparse(row, pieces.num_bytes, code, payload[5 : 5 + code.num_bytes])
+        caps, starts = draw_cuts(data, [piece[0] for piece in ballots])
+        kind = data.draw(st.sampled_from(["clean", "clean", "poisoned", "planes", "malformed"]))
+        liar = data.draw(st.integers(0, world_size - 1))
+        if kind == "malformed":
+            payloads[liar, 5 : 5 + code.num_bytes] = 255
+        forget = data.draw(st.booleans())
+        found = []
+        for kernels, memory, recent in zip(BACKENDS, memories, recents, strict=True):
+            out = torch.full((2 * pieces.num_bytes,), FILL, dtype=torch.uint8)
+            ok = torch.ones(world_size, dtype=torch.bool)
+            if kind == "planes":
+                recent.fill_(255)
+                kernels.tally_carry(rows, 0, pieces.spans, margin, memory, live, out)
+            else:
+                ok = kernels.tally_sparse(payloads, 5, code, pieces.spans, margin, memory, live, recent, out)
+            if ok.all():
+                counts = kernels.settle_votes(out, pieces.spans, caps, starts, margin, memory, live, forget=forget)
+                kept = [memory[1 - live, home] for home in pieces.homes()]
+                found.append((ok.tolist(), out.tolist(), counts.tolist(), torch.cat(kept).tolist()))
+            else:
+                assert kind == "malformed"
+                found.append((ok.tolist(), [], [], []))
+        assert found[0] == found[1]
+        if kind != "poisoned" and all(found[0][0]):
+            live = 1 - live
 
 
 @every_backend

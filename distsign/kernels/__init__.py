@@ -94,7 +94,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def settle_carry(self, planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, memory: Memory) -> Tensor:
+    def settle_carry(self, planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, memory: Memory | None) -> Tensor:
         """Keep at most `caps` votes of each piece and abstain on the others; zero the carry where a vote is kept.
 
         Votes are taken in the order of the plane's bits (byte, then lowest bit first), beginning at bit `8 * start` and
@@ -105,7 +105,8 @@ class Kernels(Protocol):
             spans: the pieces with their planes' places in `planes` and their `home` in the memory.
             caps: int64 `[num_pieces]`, at least 0, on the CPU.
             starts: int64 `[num_pieces]`, a byte of the piece's plane each, on the CPU.
-            memory: the spare half of `carry` is changed in place.
+            memory: the spare half of `carry` is changed in place; None where the carry needs no change, since
+                `pack_carry` cleared it.
 
         Returns:
             int64 `[num_pieces]`: votes that each piece had before.
@@ -146,13 +147,57 @@ class Kernels(Protocol):
         """
         ...
 
+    def tally_sparse(
+        self,
+        payloads: Tensor,
+        body_at: int,
+        code: SparseCode,
+        spans: Spans,
+        margin: int,
+        undecided: Tensor,
+        live: Tensor,
+        recent: Tensor,
+        out: Tensor,
+    ) -> Tensor:
+        """Do what `decode_sparse` of each body and `tally_carry` of their planes do, touching no more than needed.
+
+        Args:
+            payloads: uint8 `[world_size, payload_bytes]`, contiguous, each with a body of `code` from byte `body_at`.
+            body_at: see above.
+            code: the sizes; `code.num_bits` is that of a plane with all pieces.
+            spans: this owner's pieces, as `tally_carry` takes them, each behind the one before in the planes. `home` is
+                a multiple of 8.
+            margin: least lead, at least 1.
+            undecided: int16 `[2, num_owned_elements]`; half `live` is read and the other written.
+            live: int64 scalar tensor.
+            recent: uint8 `[num_owned_elements / 8]`, a piece's mask plane from byte `home / 8` on, with a 1 wherever
+                the halves differ or the votes in half `live` reach the margin, and anywhere else; changed in place to
+                be so for the next step, whichever half is live then. All ones is always right.
+            out: uint8 `[2 * plane_bytes]`, all of it changed in place.
+
+        Returns:
+            bool `[world_size]`: False for a body that `encode_sparse` does not write; if any is, `out` and the spare
+            half mean nothing.
+        """
+        ...
+
     def settle_votes(
-        self, planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, margin: int, undecided: Tensor, live: Tensor
+        self,
+        planes: Tensor,
+        spans: Spans,
+        caps: Tensor,
+        starts: Tensor,
+        margin: int,
+        undecided: Tensor,
+        live: Tensor,
+        *,
+        forget: bool = False,
     ) -> Tensor:
         """Keep at most `caps` verdicts of each piece, as `settle_carry` does; where one is kept, take it off the votes.
 
-        That is `R' -= margin * verdict`, in place in the spare half of `undecided`. Returns the verdicts that each
-        piece had before, int64 `[num_pieces]`.
+        That is `R' -= margin * verdict`, in place in the spare half of `undecided`. With `forget`, votes of a piece
+        with more verdicts than its cap that still reach the margin become 0. Returns the verdicts that each piece had
+        before, int64 `[num_pieces]`.
         """
         ...
 

@@ -37,6 +37,7 @@ __all__ = [
     "settle_votes",
     "tally",
     "tally_carry",
+    "tally_sparse",
     "tally_standing",
     "unpack",
 ]
@@ -108,10 +109,12 @@ def pack_carry(  # noqa: D103
     return counts, torch.tensor(finite)
 
 
-def settle_carry(planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, memory: Memory) -> Tensor:  # noqa: D103
+def settle_carry(  # noqa: D103
+    planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, memory: Memory | None
+) -> Tensor:
     counts = torch.zeros(spans.length.size, dtype=torch.int64)
-    wide, narrow = _by_type(memory.carry)
-    settle, carry = (jit_carry_settle.settle_wide, wide) if wide.size else (jit_carry_settle.settle_narrow, narrow)
+    wide, narrow = _by_type(torch.zeros(2, 0) if memory is None else memory.carry)
+    settle, carry = (jit_carry_settle.settle_narrow, narrow) if narrow.size else (jit_carry_settle.settle_wide, wide)
     settle(
         planes.numpy(),
         spans.length,
@@ -120,7 +123,7 @@ def settle_carry(planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, mem
         spans.home,
         caps.numpy(),
         starts.numpy(),
-        carry[1 - int(memory.live)],
+        carry[0 if memory is None else 1 - int(memory.live)],
         counts.numpy(),
     )
     return counts
@@ -155,8 +158,52 @@ def tally_carry(  # noqa: D103
     )
 
 
+def tally_sparse(  # noqa: D103
+    payloads: Tensor,
+    body_at: int,
+    code: SparseCode,
+    spans: Spans,
+    margin: int,
+    undecided: Tensor,
+    live: Tensor,
+    recent: Tensor,
+    out: Tensor,
+) -> Tensor:
+    # The compiled bodies do not check indices: sizes that do not fit together must not get there.
+    assert margin < 2**15 and payloads.shape[0] < 2**14 and not (spans.home % 8).any()
+    assert code.num_bits == 4 * out.numel() and payloads.shape[1] >= body_at + code.num_bytes
+    ok, half = torch.zeros(payloads.shape[0], dtype=torch.bool), int(live)
+    jit_sparse.tally_bodies(
+        payloads.numpy(),
+        body_at,
+        code.num_bytes,
+        code.num_slots,
+        code.low_bits,
+        code.num_high_bits,
+        spans.length,
+        spans.mask_at,
+        spans.sign_at,
+        spans.home,
+        margin,
+        undecided[half].numpy(),
+        undecided[1 - half].numpy(),
+        recent.numpy(),
+        out.numpy(),
+        ok.numpy(),
+    )
+    return ok
+
+
 def settle_votes(  # noqa: D103
-    planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, margin: int, undecided: Tensor, live: Tensor
+    planes: Tensor,
+    spans: Spans,
+    caps: Tensor,
+    starts: Tensor,
+    margin: int,
+    undecided: Tensor,
+    live: Tensor,
+    *,
+    forget: bool = False,
 ) -> Tensor:
     counts = torch.zeros(spans.length.size, dtype=torch.int64)
     jit_settle.settle_votes(
@@ -168,6 +215,7 @@ def settle_votes(  # noqa: D103
         caps.numpy(),
         starts.numpy(),
         margin,
+        forget,
         undecided[1 - int(live)].numpy(),
         counts.numpy(),
     )

@@ -35,6 +35,7 @@ __all__ = [
     "settle_votes",
     "tally",
     "tally_carry",
+    "tally_sparse",
     "tally_standing",
     "unpack",
 ]
@@ -216,6 +217,26 @@ def tally_carry(  # noqa: D103
     _launch(triton_owner.tally_carry_kernel, chunks.num_chunks, *args, WORLD_SIZE=world_size)
 
 
+def tally_sparse(  # noqa: D103
+    payloads: Tensor,
+    body_at: int,
+    code: SparseCode,
+    spans: Spans,
+    margin: int,
+    undecided: Tensor,
+    live: Tensor,
+    recent: Tensor,
+    out: Tensor,
+) -> Tensor:
+    # By way of planes: a list of votes whose length the host does not know would have to be as long as the slots.
+    del recent
+    bodies = payloads[:, body_at : body_at + code.num_bytes]
+    planes = torch.empty(payloads.shape[0], out.numel(), dtype=torch.uint8, device=payloads.device)
+    ok = [decode_sparse(body, code, out.numel() // 2, row) for body, row in zip(bodies, planes, strict=True)]
+    tally_carry(planes, 0, spans, margin, undecided, live, out)
+    return torch.stack(ok)
+
+
 # -------------------------------------------------------------------------------------------------------------- settle
 
 
@@ -243,14 +264,32 @@ def _settle(
     return counts
 
 
-def settle_carry(planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, memory: Memory) -> Tensor:  # noqa: D103
+def settle_carry(  # noqa: D103
+    planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, memory: Memory | None
+) -> Tensor:
+    if memory is None:
+        return _settle(planes, spans, caps, starts, planes, planes, triton_settle.NOTHING)
     return _settle(planes, spans, caps, starts, memory.carry, memory.live, triton_settle.CARRY)
 
 
 def settle_votes(  # noqa: D103
-    planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, margin: int, undecided: Tensor, live: Tensor
+    planes: Tensor,
+    spans: Spans,
+    caps: Tensor,
+    starts: Tensor,
+    margin: int,
+    undecided: Tensor,
+    live: Tensor,
+    *,
+    forget: bool = False,
 ) -> Tensor:
-    return _settle(planes, spans, caps, starts, undecided, live, triton_settle.VOTES, margin=margin)
+    counts = _settle(planes, spans, caps, starts, undecided, live, triton_settle.VOTES, margin=margin)
+    if forget:
+        chunks = chunks_of(spans, planes.device)
+        crowded = (counts > upload(caps, planes.device)).view(torch.uint8)
+        kernel, half = triton_settle.forget_kernel, undecided.shape[1]
+        _launch(kernel, chunks.num_chunks, undecided, chunks.table, crowded, live, half, margin)
+    return counts
 
 
 def settle_standing(  # noqa: D103

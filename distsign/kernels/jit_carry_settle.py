@@ -70,7 +70,8 @@ def _settle_range(mask, sign, first, last, num_blocked, left, carry, home, words
                         if bit < num_blocked:
                             place = bit % BLOCK
                             element = bit - place + place % 32 * LANES + place // 32
-                        carry[home + element] = 0
+                        if carry.size:
+                            carry[home + element] = 0
                     else:
                         taken = np.uint8(~(1 << (bit % 8)))
                         mask[bit // 8] &= taken
@@ -100,7 +101,7 @@ def _settle(planes, length, mask_at, sign_at, home, caps, starts, carry, counts)
         mask = planes[mask_at[k] : mask_at[k] + num_bytes]
         sign = planes[sign_at[k] : sign_at[k] + num_bytes]
         counts[k] = _count(mask, words)
-        if counts[k]:
+        if counts[k] and (carry.size or counts[k] > caps[k]):
             blocked = length[k] // BLOCK * BLOCK
             left = _settle_range(mask, sign, starts[k], num_bytes, blocked, caps[k], carry, home[k], words)
             _settle_range(mask, sign, 0, starts[k], blocked, left, carry, home[k], words)

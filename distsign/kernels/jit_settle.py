@@ -92,11 +92,17 @@ def _take_off(mask, sign, first, full, margin, undecided, home):
             undecided[home + element] += margin * (2 * negative - 1)
 
 
+@_jit
+def _forget(votes, margin):
+    for i in range(votes.size):
+        votes[i] = votes[i] * np.int16(abs(votes[i]) < margin)
+
+
 @_compiled(
-    "(uint8[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64, int16[::1], "
+    "(uint8[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64, boolean, int16[::1], "
     "int64[::1])"
 )
-def settle_votes(planes, length, mask_at, sign_at, home, caps, starts, margin, undecided, counts):
+def settle_votes(planes, length, mask_at, sign_at, home, caps, starts, margin, forget, undecided, counts):
     mask, sign = np.empty(_WORDS, np.uint64), np.empty(_WORDS, np.uint64)
     for k in range(length.size):
         counts[k] = _keep_votes(planes, mask_at[k], sign_at[k], length[k], caps[k], starts[k], mask)
@@ -106,6 +112,8 @@ def settle_votes(planes, length, mask_at, sign_at, home, caps, starts, margin, u
             _load(planes, mask_at[k] + chunk, size, mask)
             _load(planes, sign_at[k] + chunk, size, sign)
             _take_off(mask, sign, 8 * chunk, length[k] // BLOCK * BLOCK, margin, undecided, home[k])
+        if forget and counts[k] > caps[k]:
+            _forget(undecided[home[k] : home[k] + length[k]], np.int16(margin))
 
 
 @_compiled("(uint8[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], uint8[:, ::1], int64[::1])")

@@ -10,8 +10,9 @@ import numpy as np
 
 from distsign.kernels.jit import _compiled, _jit
 from distsign.kernels.jit_bits import copy_bytes, trailing_zeros
+from distsign.kernels.spans import BLOCK
 
-__all__ = ["decode_votes", "encode_votes"]
+__all__ = ["decode_votes", "encode_votes", "tally_bodies"]
 
 _CHUNK = 512
 _WORDS = _CHUNK // 8
@@ -22,6 +23,7 @@ _6 = np.uint64(6)
 _7 = np.uint64(7)
 _63 = np.uint64(63)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+_MOST = 32767
 
 
 @_compiled("(uint8[::1], int64, uint64, uint64, uint64, uint8[::1])")
@@ -67,18 +69,15 @@ def _all_zero(words, at):
     return rest == 0
 
 
-@_compiled("(uint8[::1], uint64, uint64, uint64, int64, uint8[::1])")
-def decode_votes(body, num_slots, low_bits, num_high_bits, num_bytes, out):
-    """Write both planes into all of `out`; return False if `body` is not the one that `encode_votes` makes of them.
+@_jit
+def _decode(body, num_slots, low_bits, num_high_bits, num_bits, votes):
+    """Write the positions of a body's votes, doubled, plus the sign, into `votes`; return how many.
 
-    Whatever the body holds, nothing is read or written elsewhere: a vote beyond the slots ends it before its field is
-    read, and one beyond the last position before it is written.
+    -1 if the body is not one that `encode_votes` makes. Whatever it holds, nothing is read or written elsewhere: a vote
+    beyond the slots ends it before its field is read.
     """
     words = np.zeros(body.size // 8 + 2, np.uint64)
     copy_bytes(words.view(np.uint8), 0, body, 0, body.size)
-    out[:] = 0
-    end = np.uint64(8 * num_bytes)
-    sign_at = np.uint64(num_bytes)
     low_mask = (_1 << low_bits) - _1
     field_at = num_high_bits
     vote, least = _0, _0
@@ -91,15 +90,140 @@ def decode_votes(body, num_slots, low_bits, num_high_bits, num_bytes, out):
             bit = trailing_zeros(left)
             left &= left - _1
             if vote == num_slots:
-                return False
+                return -1
             field = words[field_at >> _6] >> (field_at & _63)
             field |= (words[(field_at >> _6) + _1] << _1) << (_63 - (field_at & _63))
             position = (((first + bit - vote) << low_bits) | (field & low_mask)) + vote
-            if position < least or position >= end:
-                return False
+            if position < least or position >= num_bits:
+                return -1
             least = position + _1
-            out[position >> _3] |= np.uint8(1) << np.uint8(position & _7)
-            out[sign_at + (position >> _3)] |= np.uint8((field >> low_bits) & _1) << np.uint8(position & _7)
+            votes[vote] = (position << _1) | ((field >> low_bits) & _1)
             field_at += low_bits + _1
             vote += _1
-    return _all_zero(words, field_at)
+    return np.int64(vote) if _all_zero(words, field_at) else -1
+
+
+@_compiled("(uint8[::1], uint64, uint64, uint64, int64, uint8[::1])")
+def decode_votes(body, num_slots, low_bits, num_high_bits, num_bytes, out):
+    """Write both planes into all of `out`; return False if `body` is not the one that `encode_votes` makes of them."""
+    votes = np.empty(num_slots, np.uint64)
+    count = _decode(body, num_slots, low_bits, num_high_bits, np.uint64(8 * num_bytes), votes)
+    out[:] = 0
+    sign_at = np.uint64(num_bytes)
+    for v in range(count):
+        position = votes[v] >> _1
+        out[position >> _3] |= np.uint8(1) << np.uint8(position & _7)
+        out[sign_at + (position >> _3)] |= np.uint8(votes[v] & _1) << np.uint8(position & _7)
+    return count >= 0
+
+
+# ----------------------------------------------------------------------------- tally of sparse bodies, without planes
+
+
+@_jit
+def _load(plane, at, size, words):
+    """Copy at most `_CHUNK` bytes into words, filled up with zeros; return whether any is not 0."""
+    as_bytes = words.view(np.uint8)
+    as_bytes[size:] = 0
+    copy_bytes(as_bytes, 0, plane, at, size)
+    found = _0
+    for w in range(_WORDS):
+        found |= words[w]
+    return found != _0
+
+
+@_jit
+def _element(bit, full):
+    """Return the element of a piece that a bit of its plane stands for; `full` bits are in whole blocks."""
+    if bit < full:  # word j, bit i of a block is its element 16 i + j
+        return (bit & ~(BLOCK - 1)) | (bit & 31) << 4 | ((bit >> 5) & 15)
+    return bit
+
+
+@_jit
+def _catch_up(length, home, margin, old, new, recent, words):
+    """Make `new` equal `old` again where the last step changed it, and leave in `recent` what reaches the margin."""
+    for k in range(length.size):
+        num_bytes, full = (length[k] + 7) // 8, length[k] // BLOCK * BLOCK
+        for chunk in range(0, num_bytes, _CHUNK):
+            size = min(_CHUNK, num_bytes - chunk)
+            if not _load(recent, home[k] // 8 + chunk, size, words):
+                continue
+            for w in range(_WORDS):
+                left = words[w]
+                while left:
+                    bit = trailing_zeros(left)
+                    left &= left - _1
+                    place = 8 * (chunk + 8 * w) + np.int64(bit)
+                    if place < length[k]:
+                        at = home[k] + _element(place, full)
+                        new[at] = old[at]
+                        if abs(np.int64(old[at])) >= margin:
+                            continue
+                    words[w] &= ~(_1 << bit)
+            copy_bytes(recent, home[k] // 8 + chunk, words.view(np.uint8), 0, size)
+
+
+@_jit
+def _add(votes, length, mask_at, home, new, recent):
+    """Add one worker's ballots, whose positions ascend as the pieces do; wraps around, see `_reach`."""
+    k, first, end, full = -1, 0, 0, 0
+    for v in range(votes.size):
+        position = np.int64(votes[v] >> _1)
+        while position >= end and k + 1 < length.size:
+            k += 1
+            first = 8 * mask_at[k]
+            end = first + 8 * ((length[k] + 7) // 8)
+            full = length[k] // BLOCK * BLOCK
+        bit = position - first
+        if 0 <= bit < length[k]:  # what lies behind the last element is no vote
+            new[home[k] + _element(bit, full)] += np.int16(1 - 2 * np.int64(votes[v] & _1))
+            recent[home[k] // 8 + bit // 8] |= np.uint8(1) << np.uint8(bit & 7)
+
+
+@_jit
+def _reach(length, mask_at, sign_at, home, margin, old, new, recent, words, out):
+    """Saturate the sums and write the verdicts.
+
+    `new` may have wrapped around, but what a step adds is less than half of its range: the difference is exact.
+    """
+    for k in range(length.size):
+        num_bytes, full = (length[k] + 7) // 8, length[k] // BLOCK * BLOCK
+        for chunk in range(0, num_bytes, _CHUNK):
+            size = min(_CHUNK, num_bytes - chunk)
+            if not _load(recent, home[k] // 8 + chunk, size, words):
+                continue
+            for w in range(_WORDS):
+                left = words[w]
+                while left:
+                    bit = 8 * (chunk + 8 * w) + np.int64(trailing_zeros(left))
+                    left &= left - _1
+                    at = home[k] + _element(bit, full)
+                    total = np.int64(old[at]) + np.int64(np.int16(new[at] - old[at]))
+                    total = min(max(total, -_MOST), _MOST)
+                    new[at] = total
+                    if abs(total) >= margin:
+                        out[mask_at[k] + bit // 8] |= np.uint8(1) << np.uint8(bit & 7)
+                        out[sign_at[k] + bit // 8] |= np.uint8(total < 0) << np.uint8(bit & 7)
+
+
+@_compiled(
+    "(uint8[:, ::1], int64, int64, uint64, uint64, uint64, int64[::1], int64[::1], int64[::1], int64[::1], int64, "
+    "int16[::1], int16[::1], uint8[::1], uint8[::1], boolean[::1])"
+)
+def tally_bodies(
+    payloads, body_at, body_bytes, num_slots, low_bits, num_high_bits, length, mask_at, sign_at, home, margin, old, new,
+    recent, out, ok,
+):  # fmt: skip
+    """Touch only what changes: the ballots of this step, the places where the halves differ, and what is left over."""
+    words = np.empty(_WORDS, np.uint64)
+    votes = np.empty(num_slots, np.uint64)
+    out[:] = 0
+    _catch_up(length, home, margin, old, new, recent, words)
+    for sender in range(payloads.shape[0]):
+        body = payloads[sender, body_at : body_at + body_bytes]
+        count = _decode(body, num_slots, low_bits, num_high_bits, np.uint64(4 * out.size), votes)
+        ok[sender] = count >= 0
+        if count > 0:
+            _add(votes[:count], length, mask_at, home, new, recent)
+    _reach(length, mask_at, sign_at, home, margin, old, new, recent, words, out)

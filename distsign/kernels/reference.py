@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distsign.kernels.reference_bits import pack_bytes, pack_plane, rows, unpack_bytes, unpack_plane
 from distsign.kernels.reference_carry import active, pack_carry, settle_carry
-from distsign.kernels.reference_owner import settle_standing, settle_votes, tally_carry, tally_standing
+from distsign.kernels.reference_owner import settle_standing, settle_votes, tally_carry, tally_sparse, tally_standing
 from distsign.kernels.reference_sparse import decode_sparse, encode_sparse
 from distsign.kernels.spans import BLOCK, LANES, Spans, plane_bytes
 
@@ -27,6 +27,7 @@ __all__ = [
     "settle_votes",
     "tally",
     "tally_carry",
+    "tally_sparse",
     "tally_standing",
     "unpack",
 ]

@@ -80,9 +80,10 @@ def _elements(length: int, device: torch.device) -> Tensor:
     return torch.cat([bits[:full].reshape(-1, 32, LANES).transpose(1, 2).reshape(-1), bits[full:]])
 
 
-def settle_carry(planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, memory: Memory) -> Tensor:  # noqa: D103
+def settle_carry(  # noqa: D103
+    planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, memory: Memory | None
+) -> Tensor:
     counts = torch.zeros(spans.length.size, dtype=torch.int64, device=planes.device)
-    carry = memory.carry[1 - int(memory.live)]
     for k, (length, mask_at, sign_at, home) in enumerate(rows(spans.length, spans.mask_at, spans.sign_at, spans.home)):
         mask = planes[mask_at : mask_at + plane_bytes(length)]
         sign = planes[sign_at : sign_at + plane_bytes(length)]
@@ -91,7 +92,8 @@ def settle_carry(planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, mem
         first = votes >= 8 * int(starts[k])
         turn = torch.cat([votes[first], votes[~first]])
         kept, dropped = turn[: int(caps[k])], turn[int(caps[k]) :]
-        carry[home + _elements(length, planes.device)[kept]] = 0.0
+        if memory is not None:
+            memory.carry[1 - int(memory.live), home + _elements(length, planes.device)[kept]] = 0.0
         unsaid = torch.zeros(8 * mask.numel(), dtype=torch.uint8, device=planes.device)
         unsaid[dropped] = 1
         mask &= ~pack_bytes(unsaid.reshape(-1, 8))

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from distsign.kernels.reference_bits import pack_bytes, pack_plane, rows, unpack_bytes, unpack_plane
+from distsign.kernels.reference_sparse import decode_sparse
 from distsign.kernels.spans import Spans, plane_bytes
+from distsign.wire.sparse import SparseCode
 
-__all__ = ["settle_standing", "settle_votes", "tally_carry", "tally_standing"]
+__all__ = ["settle_standing", "settle_votes", "tally_carry", "tally_sparse", "tally_standing"]
 
 _MOST = 32767
 
@@ -32,6 +34,25 @@ def tally_carry(  # noqa: D103
         out[sign_at : sign_at + num_bytes] = pack_plane(decided & (votes < 0))
 
 
+def tally_sparse(  # noqa: D103
+    payloads: Tensor,
+    body_at: int,
+    code: SparseCode,
+    spans: Spans,
+    margin: int,
+    undecided: Tensor,
+    live: Tensor,
+    recent: Tensor,
+    out: Tensor,
+) -> Tensor:
+    del recent  # all of the spare half is written
+    bodies = payloads[:, body_at : body_at + code.num_bytes]
+    planes = torch.zeros(payloads.shape[0], out.numel(), dtype=torch.uint8, device=payloads.device)
+    ok = [decode_sparse(body, code, out.numel() // 2, row) for body, row in zip(bodies, planes, strict=True)]
+    tally_carry(planes, 0, spans, margin, undecided, live, out)
+    return torch.stack(ok)
+
+
 def _keep_votes(planes: Tensor, length: int, mask_at: int, sign_at: int, cap: int, start: int) -> int:
     """Keep at most `cap` votes of a piece, from byte `start` on and around; return how many there were."""
     mask = planes[mask_at : mask_at + plane_bytes(length)]
@@ -47,7 +68,15 @@ def _keep_votes(planes: Tensor, length: int, mask_at: int, sign_at: int, cap: in
 
 
 def settle_votes(  # noqa: D103
-    planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, margin: int, undecided: Tensor, live: Tensor
+    planes: Tensor,
+    spans: Spans,
+    caps: Tensor,
+    starts: Tensor,
+    margin: int,
+    undecided: Tensor,
+    live: Tensor,
+    *,
+    forget: bool = False,
 ) -> Tensor:
     counts = torch.zeros(spans.length.size, dtype=torch.int64, device=planes.device)
     spare = undecided[1 - int(live)]
@@ -55,7 +84,10 @@ def settle_votes(  # noqa: D103
         counts[k] = _keep_votes(planes, length, mask_at, sign_at, int(caps[k]), int(starts[k]))
         mask = unpack_plane(planes[mask_at : mask_at + plane_bytes(length)], length)
         sign = unpack_plane(planes[sign_at : sign_at + plane_bytes(length)], length)
-        spare[home : home + length] -= (margin * mask * (1 - 2 * sign)).to(torch.int16)
+        votes = spare[home : home + length]
+        votes -= (margin * mask * (1 - 2 * sign)).to(torch.int16)
+        if forget and counts[k] > caps[k]:
+            votes.masked_fill_(votes.abs() >= margin, 0)
     return counts
 
 

@@ -24,15 +24,18 @@ from distsign.kernels.triton_bits import (
     popcount,
 )
 
-__all__ = ["CARRY", "STANDING", "VOTES", "count_kernel", "keep_kernel"]
+__all__ = ["CARRY", "NOTHING", "STANDING", "VOTES", "count_kernel", "forget_kernel", "keep_kernel"]
 
 BYTES = tl.constexpr(CHUNK // 8)
+ELEMENTS = tl.constexpr(CHUNK)
 CARRY = 0
 VOTES = 1
 STANDING = 2
+NOTHING = 3
 _CARRY = tl.constexpr(CARRY)
 _VOTES = tl.constexpr(VOTES)
 _STANDING = tl.constexpr(STANDING)
+_NOTHING = tl.constexpr(NOTHING)
 
 
 @triton.jit
@@ -93,6 +96,8 @@ def keep_kernel(
     kept = tl.sum(is_kept.to(tl.uint32) << bit.to(tl.uint32), axis=0)
     tl.store(planes + mask_at + byte, kept.to(tl.uint8), mask=inside)
     tl.store(planes + sign_at + byte, (sign & kept).to(tl.uint8), mask=inside)
+    if KIND == _NOTHING:
+        return
     spare = memory + (1 - tl.load(live)) * half
     if KIND == _STANDING:
         for _ in range(WORLD_SIZE):
@@ -110,3 +115,15 @@ def keep_kernel(
             tl.store(place, tl.where(negative, left + margin, left - margin).to(tl.int16), mask=is_kept)
         else:
             tl.store(place, 0.0, mask=is_kept)
+
+
+@triton.jit
+def forget_kernel(undecided, table, crowded, live, half, margin):
+    """Set votes that reach the margin to 0, in the spare half, in pieces that are crowded."""
+    element = tl.arange(0, ELEMENTS)
+    length = tl.where(tl.load(crowded + chunk_field(table, PIECE)) != 0, chunk_field(table, LENGTH).to(tl.int32), 0)
+    inside = element < length
+    place = undecided + (1 - tl.load(live)) * half + chunk_field(table, HOME) + element
+    votes = tl.load(place, mask=inside, other=0).to(tl.int32)
+    reached = (votes >= margin) | (votes <= -margin)
+    tl.store(place, tl.zeros_like(votes).to(tl.int16), mask=inside & reached)
