@@ -199,7 +199,7 @@ class Form:
         payload[end:] = raw.view(torch.uint8)
 
     def open(self, owner: int, payloads: Tensor) -> Opened:
-        """Take apart one owner's payloads from several senders; headers are checked elsewhere, bodies where they are read.
+        """Take apart one owner's payloads from several senders; nothing is checked yet.
 
         Args:
             owner: whose pieces they speak of.
@@ -222,13 +222,14 @@ class Form:
             `[num_owners]`, False for each body that is malformed.
         """
         if self.caps is None and not any(self.raw_elements):
-            ok = buffer.new_ones(len(self.sizes), dtype=torch.bool)
-            return buffer, None, buffer.new_zeros(0, dtype=torch.float32), ok
+            fine = buffer.new_ones(len(self.sizes), dtype=torch.bool)
+            return buffer, None, buffer.new_zeros(0, dtype=torch.float32), fine
         planes = torch.empty(self.layout.buffer_bytes, dtype=torch.uint8, device=buffer.device)
         crowded = None
         if self.caps is not None:
             crowded = torch.zeros(self.caps.size, dtype=torch.bool, device=buffer.device)
-        raw, ok = [], []
+        raw: list[Tensor] = []
+        ok: list[Tensor] = []
         for owner, at in enumerate(self.offsets):
             part = self.open(owner, buffer[at : at + self.sizes[owner]].unsqueeze(0))
             first = self.layout.offsets[owner] + HEADER_BYTES

@@ -16,6 +16,9 @@ from distsign.layout import IntArray, Layout
 
 __all__ = ["Cast", "Voter", "rotating_starts"]
 
+_ALIGN = 32
+"""Elements; 64 bytes in half precision."""
+
 
 @dataclass(frozen=True)
 class Cast:
@@ -71,29 +74,39 @@ class Voter:
                 torch.zeros(2, 0) if squares else None,
                 torch.zeros((), dtype=torch.int64),
             )
-        self._homes = [0]
+        self._homes: list[int] = []
+        self._lengths: list[int] = []
         self._pending: list[tuple[Tensor, Tensor]] = []
         # Kept until the next step: on CUDA, `commit` runs on another stream than the one that will reuse their memory.
         self._committed: list[tuple[Tensor, Tensor]] = []
 
     def grow(self, lengths: Sequence[int], device: torch.device) -> None:
         """Make room for all parameters, whose sizes are given, on this device."""
-        known = len(self._homes) - 1
+        known = len(self._homes)
         if len(lengths) == known and self.stats.device == device:
             return
         for length in lengths[known:]:
-            self._homes.append(self._homes[-1] + length)
+            self._homes.append(self._end)
+            self._lengths.append(length)
         self.stats = torch.cat([self.stats.to(device), self.confidence.init_stats(len(lengths) - known, device)])
         if self.memory is not None:
             square = None if self.memory.square is None else self._grown(self.memory.square, device)
             self.memory = Memory(self._grown(self.memory.carry, device), square, self.memory.live.to(device))
 
     def _grown(self, halves: Tensor, device: torch.device) -> Tensor:
-        return torch.nn.functional.pad(halves.to(device), (0, self._homes[-1] - halves.shape[1]))
+        return torch.nn.functional.pad(halves.to(device), (0, self._end - halves.shape[1]))
+
+    @property
+    def _end(self) -> int:
+        """Where the next parameter begins: with a cache line, as those that are written past the caches have to."""
+        return -(-(self._homes[-1] + self._lengths[-1]) // _ALIGN) * _ALIGN if self._homes else 0
 
     def home(self, row: int) -> int:
         """Return the first element of a parameter in the memory."""
         return self._homes[row]
+
+    def _part(self, row: int) -> slice:
+        return slice(self._homes[row], self._homes[row] + self._lengths[row])
 
     def cast(
         self,
@@ -216,7 +229,7 @@ class Voter:
         """Return a copy of what is remembered of one parameter, for checkpoints."""
         found = {"stats": self.stats[row].clone()}
         if self.memory is not None:
-            live, part = int(self.memory.live), slice(self._homes[row], self._homes[row + 1])
+            live, part = int(self.memory.live), self._part(row)
             found["carry"] = self.memory.carry[live, part].clone()
             if self.memory.square is not None:
                 found["square"] = self.memory.square[live, part].clone()
@@ -226,7 +239,7 @@ class Voter:
         """Take up what `kept` returned."""
         self.stats[row] = kept["stats"].to(self.stats.device)
         if self.memory is not None:
-            part = slice(self._homes[row], self._homes[row + 1])
+            part = self._part(row)
             self.memory.carry[:, part] = kept["carry"].to(self.stats.device)
             if self.memory.square is not None:
                 self.memory.square[:, part] = kept["square"].to(self.stats.device)

@@ -400,7 +400,9 @@ def test_settle_carry_follows_the_rule(case: Case, seed: int) -> None:
         assert found.numpy().tobytes() == wanted_planes
         assert same_memory(memory, wanted)
         found = planes.clone()
-        assert kernels.settle_carry(found, case.spans, torch.tensor(caps), torch.tensor(starts), None).tolist() == counts
+        assert (
+            kernels.settle_carry(found, case.spans, torch.tensor(caps), torch.tensor(starts), None).tolist() == counts
+        )
         assert found.numpy().tobytes() == wanted_planes
 
 

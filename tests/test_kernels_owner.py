@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distsign.kernels import Kernels, SparseCode, Spans, cpu, plane_bytes, reference
+from distsign.kernels import Kernels, Spans, SparseCode, cpu, plane_bytes, reference
 
 BACKENDS: list[Kernels] = [reference, cpu]
 every_backend = pytest.mark.parametrize("kernels", BACKENDS, ids=["reference", "cpu"])

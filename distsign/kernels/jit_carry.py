@@ -1,9 +1,9 @@
 """The compiled body of packing with a carry, on the CPU; `jit` says how such code has to be written.
 
-A tile of a few blocks goes through a scratch in several short loops, each of one kind of arithmetic, which stays in the
-nearest cache. What is kept is written past the caches, a cache line at a time: an ordinary store reads the line from
-memory before it overwrites it, and would read as much again as the whole carry. Numba makes 64-bit numbers of sums,
-shifts and products of 32-bit ones; a cast at once, wherever that matters, keeps twice as many in a vector.
+A full block goes from the gradient to ballots and to what is kept in one pass through the registers, in LLVM's own
+vectors of the 16 lanes. What is kept is written past the caches: an ordinary store reads a cache line from memory
+before it overwrites it, and would read as much again as the whole carry. The elements behind the last block, and pieces
+whose home does not begin with a cache line, go the ordinary way.
 
 Numba's cache looks for changes only in the file of the function that it has compiled, so copies of helpers are here.
 """
@@ -11,14 +11,12 @@ Numba's cache looks for changes only in the file of the function that it has com
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from distsign.kernels.jit import _compiled, _inline, _jit
+from distsign.kernels.jit import _compiled, _jit
 from distsign.kernels.spans import BLOCK, LANES
 
 __all__ = ["pack_carried"]
@@ -28,51 +26,188 @@ _EXPONENT_ONE = np.uint32(0x00800000)
 _TOP = np.uint32(0x80000000)
 _ONE = np.uint32(1)
 _ZERO = np.uint32(0)
-_STRIDE = BLOCK // 4
 _LARGEST = np.float32(3.4028235e38)
 _DEAD = np.float32(1e-30)
-_NOTHING = np.float32(-0.0)
 _LINE = 64
-TILE = 4 * BLOCK
+_ROWS = BLOCK // LANES
+_AHEAD = 2 * _ROWS  # rows between what is packed and what is fetched into the nearest cache meanwhile
+
+# Places of the numbers in `rule`, as bits, and of the indices in `places`
+_LIMIT, _UNSCALE, _CORRECTION, _DECAY, _REST, _KEEP = range(6)
+_AT, _HOME, _MASK, _SIGN = range(4)
 
 
-# ---------------------------------------------------------------------------------------------------------- past caches
+# ---------------------------------------------------------------------------------------------------------- full blocks
+
+_I64, _WORD, _HALF, _FLOAT, _BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType(), ir.IntType(8)
+_PAIRS = ir.VectorType(_WORD, 2 * LANES)
+_WORDS, _HALVES, _FLOATS = (ir.VectorType(kind, LANES) for kind in (_WORD, _HALF, _FLOAT))
 
 
-def _line_copier(name, alignment, streamed):
-    """Make a function that copies 64 bytes in whole vectors; numbers of any type, places as indices into the arrays."""
+def _splat(number, vector=_WORDS):
+    return ir.Constant(vector, [number] * LANES)
 
-    def copy_line(typing_context, into, at, source, source_at):
+
+class _Builder:
+    """What the block needs of llvmlite, for one call of the intrinsic."""
+
+    streamed = False
+
+    def __init__(self, context, builder, signature, args):
+        self.context, self.b, self.signature, self.args = context, builder, signature, args
+
+    def data(self, number):
+        """Return the pointer to the data of an array argument."""
+        return self.context.make_array(self.signature.args[number])(self.context, self.b, self.args[number]).data
+
+    def number(self, array, place):
+        """Return an element of an array argument."""
+        return self.b.load(self.b.gep(self.data(array), [ir.Constant(_I64, place)]))
+
+    def vectors(self, array, at, vector):
+        """Return a pointer to the vectors that begin at an element of an array argument."""
+        return self.b.bitcast(self.b.gep(self.data(array), [at]), vector.as_pointer())
+
+    def all_lanes(self, word, vector):
+        """Return a vector with the bits of one word in all lanes."""
+        nothing = ir.Constant(_WORDS, ir.Undefined)
+        filled = self.b.insert_element(nothing, word, ir.Constant(_WORD, 0))
+        return self.b.bitcast(self.b.shuffle_vector(filled, nothing, _splat(0)), vector)
+
+    def row(self, pointer, i):
+        return self.b.gep(pointer, [ir.Constant(_I64, i)])
+
+    def prefetch(self, pointer, i):
+        byte = _BYTE.as_pointer()
+        call = ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD])
+        prefetch = self.b.module.declare_intrinsic("llvm.prefetch", [byte], call)
+        read, nearest, data = (ir.Constant(_WORD, number) for number in (0, 3, 1))
+        self.b.call(prefetch, [self.b.bitcast(self.row(pointer, i), byte), read, nearest, data])
+
+    def call(self, name, vector, value):
+        function = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(vector, [vector]), name)
+        return self.b.call(function, [value])
+
+    def store(self, value, pointer, align):
+        """Store a vector, past the caches where the block is `streamed` and so begins with a cache line."""
+        stored = self.b.store(value, pointer, align=_LINE if self.streamed else align)
+        if self.streamed:
+            stored.set_metadata("nontemporal", self.b.module.add_metadata([ir.Constant(_WORD, 1)]))
+
+
+class _Block(_Builder):
+    """A full block, a row of 16 lanes at a time."""
+
+    def __init__(self, *call, narrow, squares, streamed):
+        super().__init__(*call)
+        self.narrow, self.squares, self.streamed = narrow, squares, streamed
+        self.limit, self.keep = (self.all_lanes(self.number(7, k), _WORDS) for k in (_LIMIT, _KEEP))
+        self.unscale, self.correction, self.decay, self.rest = (
+            self.all_lanes(self.number(7, k), _FLOATS) for k in (_UNSCALE, _CORRECTION, _DECAY, _REST)
+        )
+        home, kept = self.number(6, _HOME), _HALVES if narrow else _FLOATS
+        self.grad = self.vectors(0, self.number(6, _AT), _FLOATS)
+        self.old, self.new = (self.vectors(array, home, kept) for array in (1, 2))
+        self.old_square, self.new_square = (self.vectors(array, home, _FLOATS) for array in (3, 4))
+        self.last = None
+
+    def carry(self, i):
+        """Load a row of the carry."""
+        if not self.narrow:
+            self.prefetch(self.old, _AHEAD + i)
+            return self.b.load(self.row(self.old, i), align=4)
+        if i % 2 == 0:
+            self.prefetch(self.old, _AHEAD + i)
+        halves = self.b.zext(self.b.load(self.row(self.old, i), align=2), _WORDS)
+        return self.b.bitcast(self.b.shl(halves, _splat(16)), _FLOATS)
+
+    def added(self, i, raw):
+        """Return what is added to the carry, and keep a row of the squares where there are any."""
+        b, g = self.b, self.b.fmul(raw, self.unscale)
+        if not self.squares:
+            return g
+        self.prefetch(self.old_square, _AHEAD + i)
+        v = b.fmul(self.decay, b.load(self.row(self.old_square, i), align=4))
+        v = b.fadd(v, b.fmul(self.rest, b.fmul(g, g)))
+        most = _splat(float(_LARGEST), _FLOATS)
+        v = b.select(b.fcmp_ordered("<", v, most), v, most)
+        self.store(v, self.row(self.new_square, i), 4)
+        alive = b.fcmp_ordered(">", v, _splat(float(_DEAD), _FLOATS))
+        quotient = b.fdiv(b.fmul(g, self.correction), self.call(f"llvm.sqrt.v{LANES}f32", _FLOATS, v))
+        # -0.0 changes no number that it is added to, not even -0.0.
+        return b.select(alive, quotient, _splat(-0.0, _FLOATS))
+
+    def keep_row(self, i, bits, vote):
+        """Write a row of the new carry; in half precision two at a time, which fill a cache line."""
+        b = self.b
+        left = b.and_(bits, b.or_(b.xor(vote, _splat(0xFFFFFFFF)), self.keep))
+        if not self.narrow:
+            self.store(b.bitcast(left, _FLOATS), self.row(self.new, i), 4)
+            return
+        # Rounded to the nearest, and from the middle to the even one.
+        even = b.and_(b.lshr(left, _splat(16)), _splat(1))
+        rounded = b.trunc(b.lshr(b.add(b.add(left, _splat(0x7FFF)), even), _splat(16)), _HALVES)
+        if i % 2:
+            pair = b.shuffle_vector(self.last, rounded, ir.Constant(_PAIRS, list(range(2 * LANES))))
+            self.store(pair, b.bitcast(self.row(self.new, i - 1), pair.type.as_pointer()), 2)
+        self.last = rounded
+
+    def pack(self):
+        """Pack the block."""
+        b = self.b
+        totals = self.vectors(8, ir.Constant(_I64, 0), _WORDS)
+        largest, mask, sign = b.load(totals, align=4), _splat(0), _splat(0)
+        for i in range(_ROWS):
+            self.prefetch(self.grad, _AHEAD + i)
+            raw = b.load(self.row(self.grad, i), align=4)
+            magnitude = b.and_(b.bitcast(raw, _WORDS), _splat(0x7FFFFFFF))
+            largest = b.select(b.icmp_signed(">", magnitude, largest), magnitude, largest)
+            bits = b.bitcast(b.fadd(self.carry(i), self.added(i, raw)), _WORDS)
+            # Magnitudes of IEEE floats compare as integers, and as signed ones, because their top bit is 0.
+            vote = b.sext(b.icmp_signed(">", b.and_(bits, _splat(0x7FFFFFFF)), self.limit), _WORDS)
+            mask = b.or_(mask, b.and_(vote, _splat(1 << i)))
+            sign = b.or_(b.lshr(sign, _splat(1)), b.and_(bits, _splat(0x80000000)))
+            self.keep_row(i, bits, vote)
+        b.store(mask, self.vectors(5, self.number(6, _MASK), _WORDS), align=1)
+        b.store(b.and_(sign, mask), self.vectors(5, self.number(6, _SIGN), _WORDS), align=1)
+        b.store(largest, totals, align=4)
+        votes = self.row(totals, 1)
+        ones = self.call(f"llvm.ctpop.v{LANES}i32", _WORDS, mask)
+        b.store(b.add(b.load(votes, align=4), ones), votes, align=4)
+
+
+def _block_packer(name, **kind):
+    """Make a function that does what `Kernels.pack_carry` says with a full block.
+
+    It collects in `totals`, for each lane, the largest magnitude of the gradient and then the votes.
+    """
+
+    def pack_block(typing_context, x, old, new, old_square, new_square, out, places, rule, totals):
         def generate(context, builder, signature, args):
-            vector = ir.VectorType(ir.IntType(32), 8)
-            pointers = []
-            for array, index in ((0, 1), (2, 3)):
-                data = context.make_array(signature.args[array])(context, builder, args[array]).data
-                pointers.append(builder.bitcast(builder.gep(data, [args[index]]), vector.as_pointer()))
-            for half in range(2):
-                place = ir.Constant(ir.IntType(64), half)
-                loaded = builder.load(builder.gep(pointers[1], [place]), align=4)
-                stored = builder.store(loaded, builder.gep(pointers[0], [place]), align=alignment)
-                if streamed:
-                    hint = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-                    stored.set_metadata("nontemporal", hint)
+            _Block(context, builder, signature, args, **kind).pack()
             return context.get_dummy_value()
 
-        return types.void(into, at, source, source_at), generate
+        return types.void(x, old, new, old_square, new_square, out, places, rule, totals), generate
 
-    copy_line.__name__ = name
-    return intrinsic(copy_line)
+    pack_block.__name__ = name
+    return intrinsic(pack_block)
 
 
-_copy_line = _line_copier("_copy_line", 1, False)
-_stream_line = _line_copier("_stream_line", 32, True)
+_wide = _block_packer("_wide", narrow=False, squares=False, streamed=False)
+_wide_past = _block_packer("_wide_past", narrow=False, squares=False, streamed=True)
+_wide_squares = _block_packer("_wide_squares", narrow=False, squares=True, streamed=False)
+_wide_squares_past = _block_packer("_wide_squares_past", narrow=False, squares=True, streamed=True)
+_narrow = _block_packer("_narrow", narrow=True, squares=False, streamed=False)
+_narrow_past = _block_packer("_narrow_past", narrow=True, squares=False, streamed=True)
+_narrow_squares = _block_packer("_narrow_squares", narrow=True, squares=True, streamed=False)
+_narrow_squares_past = _block_packer("_narrow_squares_past", narrow=True, squares=True, streamed=True)
 
 
 @intrinsic
 def _fence(typing_context):
     """Make all that was streamed visible before anything that is written later."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def generate(context, builder, signature, args):
         builder.fence("seq_cst")
         return context.get_dummy_value()
 
@@ -80,27 +215,45 @@ def _fence(typing_context):
 
 
 @_jit
-def _keep(into, at, source, source_at, n):
-    """Copy `n` numbers of one type; past the caches where there are whole cache lines of them."""
-    line = _LINE // into.itemsize
-    head = min(n, -(into.ctypes.data // into.itemsize + at) % line)
-    for i in range(head):
-        into[at + i] = source[source_at + i]
-    while head + line <= n:
-        _stream_line(into, at + head, source, source_at + head)
-        head += line
-    for i in range(head, n):
-        into[at + i] = source[source_at + i]
+def _starts_line(array, at):
+    return (array.ctypes.data + array.itemsize * at) % _LINE == 0
 
 
 @_jit
-def _copy_piece(old, new, at, n):
-    """Copy a piece from one half to the other, of what there is."""
-    if new.size:
-        _keep(new, at, old, at, n)
+def _pack_blocks(x, wide, narrow, square, live, out, places, rule, num_blocks, totals):
+    """Pack full blocks, and leave `places` behind them."""
+    old_wide, new_wide, old_narrow, new_narrow = wide[live], wide[1 - live], narrow[live], narrow[1 - live]
+    old_square, new_square = square[live], square[1 - live]
+    is_wide, squares = wide.shape[1] != 0, square.shape[1] != 0
+    past = _starts_line(new_wide, places[_HOME]) if is_wide else _starts_line(new_narrow, places[_HOME])
+    past = past and (not squares or _starts_line(new_square, places[_HOME]))
+    for _ in range(num_blocks):
+        if is_wide:
+            if squares:
+                if past:
+                    _wide_squares_past(x, old_wide, new_wide, old_square, new_square, out, places, rule, totals)
+                else:
+                    _wide_squares(x, old_wide, new_wide, old_square, new_square, out, places, rule, totals)
+            elif past:
+                _wide_past(x, old_wide, new_wide, old_square, new_square, out, places, rule, totals)
+            else:
+                _wide(x, old_wide, new_wide, old_square, new_square, out, places, rule, totals)
+        elif squares:
+            if past:
+                _narrow_squares_past(x, old_narrow, new_narrow, old_square, new_square, out, places, rule, totals)
+            else:
+                _narrow_squares(x, old_narrow, new_narrow, old_square, new_square, out, places, rule, totals)
+        elif past:
+            _narrow_past(x, old_narrow, new_narrow, old_square, new_square, out, places, rule, totals)
+        else:
+            _narrow(x, old_narrow, new_narrow, old_square, new_square, out, places, rule, totals)
+        places[_AT] += BLOCK
+        places[_HOME] += BLOCK
+        places[_MASK] += _LINE
+        places[_SIGN] += _LINE
 
 
-# ----------------------------------------------------------------------------------------------------------- arithmetic
+# ----------------------------------------------------------------------------------- the elements behind the last block
 
 
 @_jit
@@ -113,146 +266,52 @@ def _overflow(x):
 
 
 @_jit
-def _add(x, carry, unscale, u):
-    for i in range(x.size):
-        u[i] = carry[i] + x[i] * unscale
+def _add(g, carry, square, new_square, home, numbers):
+    """Return the sum of gradient and carry, and keep the square where there is one."""
+    if not square.size:
+        return carry + g
+    s = min(numbers[_DECAY] * square[home] + numbers[_REST] * (g * g), _LARGEST)
+    new_square[home] = s
+    return carry + (g * numbers[_CORRECTION]) / np.sqrt(s) if s > _DEAD else carry
 
 
 @_jit
-def _add_normalised(x, carry, square, unscale, correction, decay, rest, scratch):
-    u = scratch[:TILE]
-    v = scratch[TILE:]
-    for i in range(x.size):
-        g = x[i] * unscale
-        s = min(decay * square[i] + rest * (g * g), _LARGEST)
-        v[i] = s
-        # -0.0 changes no number that it is added to, not even -0.0.
-        u[i] = carry[i] + ((g * correction) / np.sqrt(s) if s > _DEAD else _NOTHING)
+def _round(b):
+    """Round the bits of a float32 to bfloat16."""
+    return np.uint16((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & _ONE)) >> np.uint32(16))
 
 
 @_jit
-def _add_tile(x, carry, square, unscale, correction, decay, rest, sums):
-    if square.size:
-        _add_normalised(x, carry, square, unscale, correction, decay, rest, sums)
-    else:
-        _add(x, carry, unscale, sums)
-
-
-@_jit
-def _widen(narrow, wide):
-    for i in range(narrow.size):
-        wide[i] = np.uint32(np.uint32(narrow[i]) << np.uint32(16)).view(np.float32)
-
-
-@_jit
-def _narrow(bits, narrow):
-    """Round float32 to bfloat16, to the nearest and from the middle to the even one."""
-    for i in range(bits.size):
-        b = bits[i]
-        narrow[i] = np.uint16((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & _ONE)) >> np.uint32(16))
-
-
-@_jit
-def _keep_sums(new_wide, new_narrow, at, bits, rounded, n):
-    if new_wide.size:
-        _keep(new_wide, at, bits, 0, n)
-    else:
-        _narrow(bits[:n], rounded)
-        _keep(new_narrow, at, rounded, 0, n)
-
-
-@_jit
-def _clear(bits, limit, rest):
-    """Write a zero for each vote. Into another array: in place LLVM makes it a masked store, ten times as slow."""
-    for i in range(bits.size):
-        vote = np.uint32(np.int32(limit - (bits[i] & _MAGNITUDE)) >> np.int32(31))
-        rest[i] = bits[i] & np.uint32(~vote)
-
-
-# ----------------------------------------------------------------------------------------------------------- planes
-
-
-@_inline
-def _mask8(x, at, limit):
-    """Bit i: does element `at + 16 i` vote? Magnitudes of IEEE floats compare as integers."""
-    m = np.uint32((x[at] & _MAGNITUDE) > limit)
-    m |= np.uint32((x[at + LANES] & _MAGNITUDE) > limit) << np.uint32(1)
-    m |= np.uint32((x[at + 2 * LANES] & _MAGNITUDE) > limit) << np.uint32(2)
-    m |= np.uint32((x[at + 3 * LANES] & _MAGNITUDE) > limit) << np.uint32(3)
-    m |= np.uint32((x[at + 4 * LANES] & _MAGNITUDE) > limit) << np.uint32(4)
-    m |= np.uint32((x[at + 5 * LANES] & _MAGNITUDE) > limit) << np.uint32(5)
-    m |= np.uint32((x[at + 6 * LANES] & _MAGNITUDE) > limit) << np.uint32(6)
-    m |= np.uint32((x[at + 7 * LANES] & _MAGNITUDE) > limit) << np.uint32(7)
-    return m
-
-
-@_inline
-def _sign8(x, at, s):
-    """Shift the signs of eight elements into the top of `s`, so that after 32 of them bit i is element i's sign."""
-    s = (s >> _ONE) | (x[at] & _TOP)
-    s = (s >> _ONE) | (x[at + LANES] & _TOP)
-    s = (s >> _ONE) | (x[at + 2 * LANES] & _TOP)
-    s = (s >> _ONE) | (x[at + 3 * LANES] & _TOP)
-    s = (s >> _ONE) | (x[at + 4 * LANES] & _TOP)
-    s = (s >> _ONE) | (x[at + 5 * LANES] & _TOP)
-    s = (s >> _ONE) | (x[at + 6 * LANES] & _TOP)
-    s = (s >> _ONE) | (x[at + 7 * LANES] & _TOP)
-    return s
-
-
-@_inline
-def _popcount(m):
-    m = np.uint32(m - ((m >> _ONE) & np.uint32(0x55555555)))
-    m = np.uint32((m & np.uint32(0x33333333)) + ((m >> np.uint32(2)) & np.uint32(0x33333333)))
-    m = np.uint32((m + (m >> np.uint32(4))) & np.uint32(0x0F0F0F0F))
-    return np.uint32(m * np.uint32(0x01010101)) >> np.uint32(24)
-
-
-@_jit
-def _pack_blocks(bits, num_blocks, limit, lanes, out, m_at, s_at):
-    """Write the planes of full blocks, and add the votes to the last part of `lanes`."""
-    limit = limit & _MAGNITUDE  # so that LLVM knows that both sides of a comparison are small enough for a signed one
-    for b in range(num_blocks):
-        block = bits[b * BLOCK : b * BLOCK + BLOCK]
-        for j in range(LANES):
-            m = np.uint32(_mask8(block, j, limit))
-            m = np.uint32(m | (_mask8(block, j + _STRIDE, limit) << np.uint32(8)))
-            m = np.uint32(m | (_mask8(block, j + 2 * _STRIDE, limit) << np.uint32(16)))
-            m = np.uint32(m | (_mask8(block, j + 3 * _STRIDE, limit) << np.uint32(24)))
-            s = np.uint32(_sign8(block, j, _ZERO))
-            s = np.uint32(_sign8(block, j + _STRIDE, s))
-            s = np.uint32(_sign8(block, j + 2 * _STRIDE, s))
-            s = np.uint32(_sign8(block, j + 3 * _STRIDE, s))
-            lanes[j] = m
-            lanes[LANES + j] = s & m
-            lanes[2 * LANES + j] += _popcount(m)
-        _copy_line(out, m_at + b * _LINE, lanes, 0)
-        _copy_line(out, s_at + b * _LINE, lanes, LANES)
-
-
-@_jit
-def _pack_tail(bits, limit, out, m_at, s_at):
+def _pack_tail(x, wide, narrow, square, live, out, places, rule, n):
+    """Pack the last elements of a piece; return their votes."""
+    numbers, sums = rule.view(np.float32), np.empty(1, np.float32)
+    bits = sums.view(np.uint32)
+    wider = np.empty(1, np.uint32)
     count = 0
-    for at in range(0, bits.size, 8):
-        m = np.uint8(0)
-        s = np.uint8(0)
-        for i in range(min(8, bits.size - at)):
-            if (bits[at + i] & _MAGNITUDE) > limit:
-                m |= np.uint8(1 << i)
-                s |= np.uint8((bits[at + i] >> np.uint32(31)) << np.uint32(i))
-                count += 1
-        out[m_at + at // 8] = m
-        out[s_at + at // 8] = s
+    for i in range(n):
+        home, place = places[_HOME] + i, i // 8
+        if i % 8 == 0:
+            out[places[_MASK] + place] = 0
+            out[places[_SIGN] + place] = 0
+        g = x[places[_AT] + i] * numbers[_UNSCALE]
+        if wide.shape[1]:
+            carry = wide[live, home]
+        else:
+            wider[0] = np.uint32(narrow[live, home]) << np.uint32(16)
+            carry = wider.view(np.float32)[0]
+        sums[0] = _add(g, carry, square[live], square[1 - live], home, numbers)
+        b = bits[0]
+        if (b & _MAGNITUDE) > rule[_LIMIT]:
+            out[places[_MASK] + place] |= np.uint8(1 << i % 8)
+            out[places[_SIGN] + place] |= np.uint8((b >> np.uint32(31)) << np.uint32(i % 8))
+            count += 1
+            b &= rule[_KEEP]
+        if wide.shape[1]:
+            bits[0] = b
+            wide[1 - live, home] = sums[0]
+        else:
+            narrow[1 - live, home] = _round(b)
     return count
-
-
-@_jit
-def _pack_planes(bits, limit, lanes, out, m_at, s_at):
-    """Write the planes of a tile; return the votes in its tail, as those of blocks are counted in `lanes`."""
-    num_blocks = bits.size // BLOCK
-    _pack_blocks(bits, num_blocks, limit, lanes, out, m_at, s_at)
-    tail = num_blocks * BLOCK
-    return _pack_tail(bits[tail:], limit, out, m_at + tail // 8, s_at + tail // 8)
 
 
 @_compiled(
@@ -261,73 +320,39 @@ def _pack_planes(bits, limit, lanes, out, m_at, s_at):
     "uint8[::1], int64[::1])"
 )
 def pack_carried(
-    x,
-    start,
-    length,
-    row,
-    mask_at,
-    sign_at,
-    home,
-    limits,
-    active,
-    corrections,
-    unscale,
-    decay,
-    rest,
-    wide,
-    narrow,
-    square,
-    live,
-    clear,
-    out,
-    counts,
-):
+    x, start, length, row, mask_at, sign_at, home, limits, active, corrections, unscale, decay, rest, wide, narrow,
+    square, live, clear, out, counts,
+):  # fmt: skip
     """One of `wide` (float32) and `narrow` (bfloat16 as bits) is the carry, and the other empty, as `square` may be."""
     numbers = x.view(np.float32)
-    sums = np.zeros(2 * TILE, np.float32)  # and the new squares
-    bits = sums[:TILE].view(np.uint32)
-    other = np.zeros(TILE, np.float32)  # the old carry, where it is not float32; later what is kept of the sums
-    other_bits = other.view(np.uint32)
-    rounded = np.zeros(TILE, np.uint16)
-    lanes = np.zeros(3 * LANES, np.uint32)  # masks, signs, counts of votes
-    old_wide, new_wide = wide[live], wide[1 - live].view(np.uint32)
-    old_narrow, new_narrow = narrow[live], narrow[1 - live]
-    old_square, new_square = square[live], square[1 - live]
+    rule, places = np.zeros(6, np.uint32), np.zeros(4, np.int64)
+    of_rule = rule.view(np.float32)
+    of_rule[_UNSCALE], of_rule[_DECAY], of_rule[_REST] = unscale, decay, rest
+    rule[_KEEP] = _ZERO if clear else np.uint32(0xFFFFFFFF)
+    totals = np.zeros(2 * LANES, np.uint32)
     overflow = _ZERO
     for k in range(start.size):
+        n = length[k]
         if not active[row[k]]:
-            overflow |= _overflow(x[start[k] : start[k] + length[k]])
-            _copy_piece(wide[live].view(np.uint32), new_wide, home[k], length[k])
-            _copy_piece(old_narrow, new_narrow, home[k], length[k])
-            _copy_piece(old_square, new_square, home[k], length[k])
-            for i in range((length[k] + 7) // 8):
+            overflow |= _overflow(x[start[k] : start[k] + n])
+            for memory in (wide, square):
+                if memory.shape[1]:
+                    memory[1 - live, home[k] : home[k] + n] = memory[live, home[k] : home[k] + n]
+            if narrow.shape[1]:
+                narrow[1 - live, home[k] : home[k] + n] = narrow[live, home[k] : home[k] + n]
+            for i in range((n + 7) // 8):
                 out[mask_at[k] + i] = 0
                 out[sign_at[k] + i] = 0
             continue
-        limit, correction = limits[row[k]], corrections[row[k]]
+        rule[_LIMIT], of_rule[_CORRECTION] = limits[row[k]], corrections[row[k]]
+        places[_AT], places[_HOME], places[_MASK], places[_SIGN] = start[k], home[k], mask_at[k], sign_at[k]
+        totals[LANES:] = 0
+        _pack_blocks(numbers, wide, narrow, square, live, out, places, rule, n // BLOCK, totals)
+        overflow |= _overflow(x[places[_AT] : start[k] + n])
+        counts[row[k]] += _pack_tail(numbers, wide, narrow, square, live, out, places, rule, n % BLOCK)
         for j in range(LANES):
-            lanes[2 * LANES + j] = 0
-        for done in range(0, length[k], TILE):
-            n = min(TILE, length[k] - done)
-            base, at = start[k] + done, home[k] + done
-            m_at, s_at = mask_at[k] + done // 8, sign_at[k] + done // 8
-            v = old_square[at : at + n]  # empty where there is none
-            if new_wide.size:
-                _add_tile(numbers[base : base + n], old_wide[at : at + n], v, unscale, correction, decay, rest, sums)
-            else:
-                _widen(old_narrow[at : at + n], other)
-                _add_tile(numbers[base : base + n], other, v, unscale, correction, decay, rest, sums)
-            # Only now, when the gradient is near: a loop that waits for memory should wait for all that it can.
-            overflow |= _overflow(x[base : base + n])
-            if v.size:
-                _keep(new_square, at, sums, TILE, n)
-            counts[row[k]] += _pack_planes(bits[:n], limit, lanes, out, m_at, s_at)
-            if clear:
-                _clear(bits[:n], limit, other_bits)
-                _keep_sums(new_wide, new_narrow, at, other_bits, rounded, n)
-            else:
-                _keep_sums(new_wide, new_narrow, at, bits, rounded, n)
-        for j in range(LANES):
-            counts[row[k]] += lanes[2 * LANES + j]
+            counts[row[k]] += totals[LANES + j]
+    for j in range(LANES):
+        overflow |= totals[j] + _EXPONENT_ONE
     _fence()
     return (overflow & _TOP) == 0
