@@ -23,7 +23,15 @@ from distsign.wire.sparse import SparseCode
 # The first import compiles for some seconds, later ones read Numba's cache. Of the ranks that start together on one
 # machine, one compiles and the others wait for what it leaves.
 with FileLock(Path(tempfile.gettempdir()) / f"distsign-numba-{os.getuid()}.lock"):
-    from distsign.kernels import jit, jit_carry, jit_carry_settle, jit_owner, jit_settle, jit_sparse
+    from distsign.kernels import (  # noqa: F401  (jit_step is loaded here and used by optim)
+        jit,
+        jit_carry,
+        jit_carry_settle,
+        jit_owner,
+        jit_settle,
+        jit_sparse,
+        jit_step,
+    )
 
 __all__ = [
     "active",

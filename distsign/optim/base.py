@@ -27,6 +27,7 @@ from distsign.optim.options import (
     describe,
     name_confidence,
 )
+from distsign.optim.sparse import Signs, signs_of
 from distsign.optim.tiles import finite_on_devices, finite_on_host, tile_limit, tiles
 
 __all__ = ["SignOptimizer"]
@@ -252,15 +253,37 @@ class SignOptimizer(Optimizer):
         work = [(group, batch) for group in self.param_groups for batch in self._batches(group)]
         grads = [grad for _, (_, pairs) in work for _, grad in pairs]
         ok: dict[torch.device, Tensor] = {}
+        sparse: dict[Tensor, Signs] = {}
         if not self._host_decides(grads):
             ok = finite_on_devices(grads)
-        elif not finite_on_host(grads):
-            return loss
+        else:
+            sparse = self._sparse_signs(work)
+            dense = [grad for _, (_, pairs) in work for p, grad in pairs if p not in sparse]
+            if not (all(signs.finite for signs in sparse.values()) and finite_on_host(dense)):
+                return loss
         for group, (scale, pairs) in work:
-            self._step_batch(group, scale, pairs, ok.get(pairs[0][0].device))
+            for p, _ in pairs:
+                if p in sparse:
+                    self._drop_stale(group, p)
+                    rate = float(on_host(group["lr"]) * scale)
+                    sparse[p].step(p, -rate if group["maximize"] else rate)
+            rest = [pair for pair in pairs if pair[0] not in sparse]
+            if rest:
+                self._step_batch(group, scale, rest, ok.get(pairs[0][0].device))
         for group in {id(group): group for group, _ in work}.values():
             self._count_step(group, next(iter(ok.values()), None))
         return loss
+
+    def _sparse_signs(self, work: list[tuple[Group, _Batch]]) -> dict[Tensor, Signs]:
+        """Return the signs of the gradients along which, and along nothing else, their parameters are to move."""
+        found: dict[Tensor, Signs] = {}
+        if self._vote_state is None:
+            return found
+        for group, (_, pairs) in work:
+            if not (self._average_names(group) or group["weight_decay"]):
+                signs = {p: signs_of(p, grad) for p, grad in pairs}
+                found |= {p: each for p, each in signs.items() if each is not None}
+        return found
 
     @staticmethod
     def _host_decides(grads: list[Tensor]) -> bool:
@@ -311,14 +334,20 @@ class SignOptimizer(Optimizer):
         """Yield each parameter with what its direction is made of, and its averages."""
         names, carried = self._average_names(group), _carried(group["confidence"])
         for p, grad in pairs:
+            self._drop_stale(group, p)
             state = self.state[p] if p in self.state or names or group["confidence"] is not None else {}
-            for stale in state.keys() - {*names, *carried, _STATS}:
-                del state[stale]  # a momentum that was set to 0 since: a later one starts afresh
             for name in (*names, *carried):
                 if name not in state:
                     state[name] = torch.zeros_like(p, dtype=_dtype(name, p), memory_format=torch.preserve_format)
             source = grad if group["confidence"] is None else self._ballots(group, scale, p, grad, ok)
             yield (p, source, *(state[name] for name in names))
+
+    def _drop_stale(self, group: Group, p: Tensor) -> None:
+        """Drop averages that the group no longer has: a momentum that was set to 0 and is set again starts afresh."""
+        if p in self.state:
+            kept = {*self._average_names(group), *_carried(group["confidence"]), _STATS}
+            for stale in self.state[p].keys() - kept:
+                del self.state[p][stale]
 
     def _ballots(self, group: Group, factor: Scalar, p: Tensor, grad: Tensor, ok: Tensor | None) -> Tensor:
         """Return the ballots of a gradient, and keep what its confidence remembers; `factor` is on the threshold."""
