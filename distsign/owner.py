@@ -17,6 +17,9 @@ from distsign.payload import Opened
 
 __all__ = ["OWNER_CARRIES", "Owner", "Piece", "make_owner"]
 
+_SPARSE = 32
+"""Ballots are tallied one by one where at most one component in so many has any; else all are, by vectors."""
+
 Piece = tuple[int, int, int]
 """One owner's part of a parameter: the parameter's index, its first element in it, and its length."""
 
@@ -140,7 +143,7 @@ class PlainCarry(Owner):
         home = np.asarray([self._homes[piece] for piece in pieces], dtype=np.int64)
         spans = Spans(spans.start, spans.length, spans.row, spans.mask_at, spans.sign_at, home)
         kept = self.margin, self._undecided, self._live
-        if ballots.code is None:
+        if ballots.code is None or ballots.code.num_slots * self.num_voters * _SPARSE > ballots.code.num_bits:
             rows, at, ok = ballots.planes(kernels)
             self._recent.fill_(255)
             kernels.tally_carry(rows, at, spans, *kept, planes)

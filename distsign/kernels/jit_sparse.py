@@ -141,70 +141,59 @@ def _element(bit, full):
 
 
 @_jit
-def _catch_up(length, home, margin, old, new, recent, words):
-    """Make `new` equal `old` again where the last step changed it, and leave in `recent` what reaches the margin."""
-    for k in range(length.size):
-        num_bytes, full = (length[k] + 7) // 8, length[k] // BLOCK * BLOCK
-        for chunk in range(0, num_bytes, _CHUNK):
-            size = min(_CHUNK, num_bytes - chunk)
-            if not _load(recent, home[k] // 8 + chunk, size, words):
-                continue
-            for w in range(_WORDS):
-                left = words[w]
-                while left:
-                    bit = trailing_zeros(left)
-                    left &= left - _1
-                    place = 8 * (chunk + 8 * w) + np.int64(bit)
-                    if place < length[k]:
-                        at = home[k] + _element(place, full)
-                        new[at] = old[at]
-                        if abs(np.int64(old[at])) >= margin:
-                            continue
-                    words[w] &= ~(_1 << bit)
-            copy_bytes(recent, home[k] // 8 + chunk, words.view(np.uint8), 0, size)
+def _catch_up(words, first, length, home, margin, old, new):
+    """Make `new` equal `old` again where the last step changed it; leave 1 in `words` where a vote reaches the margin."""
+    full = length // BLOCK * BLOCK
+    for w in range(_WORDS):
+        left = words[w]
+        while left:
+            bit = trailing_zeros(left)
+            left &= left - _1
+            place = first + 64 * w + np.int64(bit)
+            if place < length:
+                at = home + _element(place, full)
+                new[at] = old[at]
+                if abs(np.int64(old[at])) >= margin:
+                    continue
+            words[w] &= ~(_1 << bit)
 
 
 @_jit
-def _add(votes, length, mask_at, home, new, recent):
-    """Add one worker's ballots, whose positions ascend as the pieces do; wraps around, see `_reach`."""
-    k, first, end, full = -1, 0, 0, 0
-    for v in range(votes.size):
-        position = np.int64(votes[v] >> _1)
-        while position >= end and k + 1 < length.size:
-            k += 1
-            first = 8 * mask_at[k]
-            end = first + 8 * ((length[k] + 7) // 8)
-            full = length[k] // BLOCK * BLOCK
-        bit = position - first
-        if 0 <= bit < length[k]:  # what lies behind the last element is no vote
-            new[home[k] + _element(bit, full)] += np.int16(1 - 2 * np.int64(votes[v] & _1))
-            recent[home[k] // 8 + bit // 8] |= np.uint8(1) << np.uint8(bit & 7)
+def _add(votes, position, size, words, first, length, home, new):
+    """Add the votes in a stretch of bytes from a position on; what lies behind the last element is none.
+
+    Sums wrap around, see `_reach`. Returns how many votes lay before the end of the stretch.
+    """
+    full, end = length // BLOCK * BLOCK, position + 8 * size
+    v = 0
+    while v < votes.size and np.int64(votes[v] >> _1) < end:
+        bit = np.int64(votes[v] >> _1) - position
+        if 0 <= bit < length - first:
+            new[home + _element(first + bit, full)] += np.int16(1 - 2 * np.int64(votes[v] & _1))
+            words[bit >> 6] |= _1 << np.uint64(bit & 63)
+        v += 1
+    return v
 
 
 @_jit
-def _reach(length, mask_at, sign_at, home, margin, old, new, recent, words, out):
+def _reach(words, first, length, home, margin, old, new, mask, sign):
     """Saturate the sums and write the verdicts.
 
     `new` may have wrapped around, but what a step adds is less than half of its range: the difference is exact.
     """
-    for k in range(length.size):
-        num_bytes, full = (length[k] + 7) // 8, length[k] // BLOCK * BLOCK
-        for chunk in range(0, num_bytes, _CHUNK):
-            size = min(_CHUNK, num_bytes - chunk)
-            if not _load(recent, home[k] // 8 + chunk, size, words):
-                continue
-            for w in range(_WORDS):
-                left = words[w]
-                while left:
-                    bit = 8 * (chunk + 8 * w) + np.int64(trailing_zeros(left))
-                    left &= left - _1
-                    at = home[k] + _element(bit, full)
-                    total = np.int64(old[at]) + np.int64(np.int16(new[at] - old[at]))
-                    total = min(max(total, -_MOST), _MOST)
-                    new[at] = total
-                    if abs(total) >= margin:
-                        out[mask_at[k] + bit // 8] |= np.uint8(1) << np.uint8(bit & 7)
-                        out[sign_at[k] + bit // 8] |= np.uint8(total < 0) << np.uint8(bit & 7)
+    full = length // BLOCK * BLOCK
+    for w in range(_WORDS):
+        left = words[w]
+        while left:
+            bit = first + 64 * w + np.int64(trailing_zeros(left))
+            left &= left - _1
+            at = home + _element(bit, full)
+            total = np.int64(old[at]) + np.int64(np.int16(new[at] - old[at]))
+            total = min(max(total, -_MOST), _MOST)
+            new[at] = total
+            if abs(total) >= margin:
+                mask[bit // 8] |= np.uint8(1) << np.uint8(bit & 7)
+                sign[bit // 8] |= np.uint8(total < 0) << np.uint8(bit & 7)
 
 
 @_compiled(
@@ -215,15 +204,33 @@ def tally_bodies(
     payloads, body_at, body_bytes, num_slots, low_bits, num_high_bits, length, mask_at, sign_at, home, margin, old, new,
     recent, out, ok,
 ):  # fmt: skip
-    """Touch only what changes: the ballots of this step, the places where the halves differ, and what is left over."""
+    """Touch only what changes: the ballots of this step, the places where the halves differ, and what is left over.
+
+    All workers' ballots on one stretch, which the nearest cache holds, come before the next stretch.
+    """
     words = np.empty(_WORDS, np.uint64)
-    votes = np.empty(num_slots, np.uint64)
+    votes = np.empty((payloads.shape[0], num_slots), np.uint64)
+    counts, done = np.zeros(payloads.shape[0], np.int64), np.zeros(payloads.shape[0], np.int64)
+    for w in range(payloads.shape[0]):
+        body = payloads[w, body_at : body_at + body_bytes]
+        counts[w] = _decode(body, num_slots, low_bits, num_high_bits, np.uint64(4 * out.size), votes[w])
+        ok[w] = counts[w] >= 0
+    if counts.size and counts.min() < 0:
+        return
     out[:] = 0
-    _catch_up(length, home, margin, old, new, recent, words)
-    for sender in range(payloads.shape[0]):
-        body = payloads[sender, body_at : body_at + body_bytes]
-        count = _decode(body, num_slots, low_bits, num_high_bits, np.uint64(4 * out.size), votes)
-        ok[sender] = count >= 0
-        if count > 0:
-            _add(votes[:count], length, mask_at, home, new, recent)
-    _reach(length, mask_at, sign_at, home, margin, old, new, recent, words, out)
+    for k in range(length.size):
+        num_bytes = (length[k] + 7) // 8
+        mask, sign = out[mask_at[k] : mask_at[k] + num_bytes], out[sign_at[k] : sign_at[k] + num_bytes]
+        for chunk in range(0, num_bytes, _CHUNK):
+            size = min(_CHUNK, num_bytes - chunk)
+            some = _load(recent, home[k] // 8 + chunk, size, words)
+            if some:
+                _catch_up(words, 8 * chunk, length[k], home[k], margin, old, new)
+            for w in range(counts.size):
+                of_worker = votes[w, done[w] : counts[w]]
+                added = _add(of_worker, 8 * (mask_at[k] + chunk), size, words, 8 * chunk, length[k], home[k], new)
+                some |= added != 0
+                done[w] += added
+            if some:
+                _reach(words, 8 * chunk, length[k], home[k], margin, old, new, mask, sign)
+                copy_bytes(recent, home[k] // 8 + chunk, words.view(np.uint8), 0, size)
