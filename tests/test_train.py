@@ -20,7 +20,8 @@ from launch.options import WIRES, TrainOptions, UsageError, parse_options
 from launch.runtime import Ranks, choose_device
 from launch.schemes import CONFIDENCES, OPTIMIZERS, Traffic, make_confidence
 from launch.train import Trainer
-from tests.distributed.ranks import REPOSITORY, RankPool, launch, pool
+from tests.distributed.ranks import REPOSITORY, RankPool, pool
+from tests.distributed.torchrun import launch
 
 SMALL = ["--data", "digits", "--batch-size", "8", "--device", "cpu"]
 VOTE = ["--hook", "sign-vote", "--confidence", "adaptive", "--optimizer", "sign-adam-pp"]

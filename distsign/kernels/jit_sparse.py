@@ -142,7 +142,7 @@ def _element(bit, full):
 
 @_jit
 def _catch_up(words, first, length, home, margin, old, new):
-    """Make `new` equal `old` again where the last step changed it; leave 1 in `words` where a vote reaches the margin."""
+    """Make `new` equal `old` again where the last step changed it; leave in `words` where a vote reaches the margin."""
     full = length // BLOCK * BLOCK
     for w in range(_WORDS):
         left = words[w]

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from . import ranks
-from .ranks import Launch, RankFailure, RankPool, RanksFailed, launch, pool
+from .ranks import RankFailure, RankPool, RanksFailed, pool
+from .torchrun import Launch, launch
 
 
 def add_up(rank: int, world_size: int, start: int, step: int = 1) -> int:
