@@ -14,6 +14,7 @@ from launch.options import UsageError
 from launch.runtime import Ranks
 
 FORMAT = 1
+_OF_A_WORLD_SIZE = ("batch_size", "steps", "epochs")
 
 
 def save(path: str, shared: dict[str, Any], own: dict[str, Any], ranks: Ranks) -> None:
@@ -45,18 +46,19 @@ def save(path: str, shared: dict[str, Any], own: dict[str, Any], ranks: Ranks) -
         partial.unlink(missing_ok=True)
 
 
-def load(path: str, trajectory: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Read a checkpoint on rank 0's machine and hand every rank its part.
+def load(path: str, trajectory: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """Read a checkpoint on rank 0's machine and hand it to every rank.
 
     All ranks must call it.
 
     Args:
         path: the file.
         trajectory: this run's options that decide the numbers; the checkpoint's must be the same.
-        ranks: this process's place; the world size must be the checkpoint's.
+        ranks: this process's place. With another number of ranks than the checkpoint's the batch of a rank may be
+            another too, and the length may be given in another way.
 
     Returns:
-        What all ranks share, and what this one has kept; None where there is no such file.
+        What all ranks share, and what each of those that wrote it had kept; None where there is no such file.
 
     Raises:
         UsageError: on all ranks alike, where the file is damaged, or of another run.
@@ -67,7 +69,7 @@ def load(path: str, trajectory: dict[str, Any], ranks: Ranks) -> tuple[dict[str,
     dist.broadcast_object_list(message, src=0)
     if isinstance(message[0], str):
         raise UsageError(message[0])
-    return None if message[0] is None else (message[0]["shared"], message[0]["ranks"][ranks.rank])
+    return None if message[0] is None else (message[0]["shared"], message[0]["ranks"])
 
 
 def _read(path: str, trajectory: dict[str, Any], world_size: int) -> dict[str, Any] | str | None:
@@ -91,16 +93,20 @@ def _read(path: str, trajectory: dict[str, Any], world_size: int) -> dict[str, A
 
 def _misfit(content: dict[str, Any], trajectory: dict[str, Any], world_size: int) -> str | None:
     """Return why a run cannot go on from a checkpoint, None where it can."""
-    kept = content["shared"]["options"]
-    differing = [name for name in trajectory if kept.get(name) != trajectory[name]]
+    kept, old_size = content["shared"]["options"], len(content["ranks"])
+    if old_size != world_size and kept.get("num_steps") != trajectory["num_steps"]:
+        return (
+            f"was written by {old_size} ranks, for {kept.get('num_steps')} steps; for {world_size} ranks this would be "
+            f"{trajectory['num_steps']}: give --steps {kept.get('num_steps')}, or start as many ranks"
+        )
+    free = _OF_A_WORLD_SIZE if old_size != world_size else ()
+    differing = [name for name in trajectory if name not in free and kept.get(name) != trajectory[name]]
     if differing:
         name = differing[0]
         return (
             f"belongs to another run: --{name.replace('_', '-')} was {kept.get(name)}, "
             f"is {trajectory[name]}; give the same options, or another --checkpoint"
         )
-    if len(content["ranks"]) != world_size:
-        return f"was written by {len(content['ranks'])} ranks, now there are {world_size}: start as many"
     return None
 
 

@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from distsign import reshard
 from distsign.kernels import kernels_for
 from launch import checkpoint
 from launch.data import DataError
@@ -290,7 +291,8 @@ class Trainer:
             raise UsageError(
                 f"--resume: there is no --checkpoint {options.checkpoint}; leave out --resume to start anew"
             )
-        shared, own = loaded
+        shared, owns = loaded
+        own = owns[self.ranks.rank] if len(owns) == self.ranks.world_size else self._inherited(owns)
         self.net.load_state_dict(shared["model"])
         self.optimizer.load_state_dict(shared["optimizer"])
         self.combiner.load_state_dict(own["hook"])
@@ -300,6 +302,18 @@ class Trainer:
         self.progress.step = shared["step"]
         self.progress.loss_sum.fill_(own["loss_sum"])
         self.progress.num_losses = own["num_losses"]
+
+    def _inherited(self, owns: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what this rank takes over from another number of ranks."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        hooks = [own["hook"] for own in owns]
+        heirs = owns[rank::world_size]
+        return {
+            **owns[rank % len(owns)],
+            "hook": reshard(hooks, world_size)[rank] if any(hooks) else {},
+            "loss_sum": sum(own["loss_sum"] for own in heirs),
+            "num_losses": sum(own["num_losses"] for own in heirs),
+        }
 
 
 def main(argv: list[str] | None = None) -> None:

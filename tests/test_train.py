@@ -42,6 +42,15 @@ def train(rank: int, world_size: int, argv: list[str]) -> dict[str, Any]:
     return {"parameters": torch.cat([p.detach().flatten() for p in trainer.net.parameters()]), "traffic": traffic}
 
 
+def take_over(rank: int, world_size: int, argv: list[str]) -> dict[str, Any]:
+    """Go on from a checkpoint, but take no step; return what this rank took over."""
+    trainer = Trainer(parse_options([*SMALL, *argv]), Ranks(rank, world_size, rank, world_size), torch.device("cpu"))
+    trainer._resume()
+    found = {"hook": trainer.combiner.state_dict(), "num_losses": trainer.progress.num_losses}
+    trainer.close()
+    return found
+
+
 @pytest.fixture
 def ranks4() -> RankPool:
     return pool(4)
@@ -271,8 +280,32 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     torch.save({"something": "else"}, path)
     assert "is no checkpoint of format 1" in error("--resume")
     path.write_bytes(whole)
-    results = pool(3).run(train, ["--optimizer", "adam", "--steps", "2", "--checkpoint", str(path), "--resume"])
-    assert all("was written by 2 ranks, now there are 3" in result["error"] for result in results)
+    argv = ["--optimizer", "adam", "--steps", "3", "--checkpoint", str(path), "--resume"]
+    results = pool(3).run(train, argv)
+    assert all(
+        "was written by 2 ranks, for 2 steps; for 3 ranks this would be 3: give --steps 2" in r["error"]
+        for r in results
+    )
+
+
+@pytest.mark.parametrize(
+    "argv", [[*VOTE, "--confidence", "rms:k=4", "--owner-carry", "plain"], ["--optimizer", "adam"]]
+)
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, argv: list[str]) -> None:
+    """The same steps of it are left, every rank goes on from the same model, and what the carries held is there."""
+    path = tmp_path / "run.pt"
+    files = [*argv, "--steps", "9", "--eval-every", "3", "--checkpoint", str(path)]
+    pool(4).run(train, [*files, "--batch-size", "4", "--stop-after", "4"], deadline_s=90)
+    saved = torch.load(path, weights_only=True)
+    taken_over = pool(3).run(take_over, [*files, "--batch-size", "6", "--resume"], deadline_s=90)
+    for name in saved["ranks"][0]["hook"].get("voter", ()):
+        old, new = (sum(each["hook"]["voter"][name]["carry"] for each in of) for of in (saved["ranks"], taken_over))
+        assert torch.allclose(old, new, atol=1e-5) and old.any(), name
+    assert sum(own["num_losses"] for own in saved["ranks"]) == sum(own["num_losses"] for own in taken_over) > 0
+    results = pool(3).run(train, [*files, "--batch-size", "6", "--resume"], deadline_s=90)
+    assert len({tuple(result["parameters"].tolist()) for result in results}) == 1
+    finished = torch.load(path, weights_only=True)
+    assert finished["shared"]["step"] == 9 and len(finished["ranks"]) == 3
 
 
 def test_batch_larger_than_the_data() -> None:
