@@ -7,6 +7,7 @@ the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ LOWEST, HIGHEST = 1.0 / 64.0, 64.0
 """Bounds of the factor on a threshold."""
 
 _LAST_RUNG = 96
+_FILL = 0.7
 
 
 class Steering:
@@ -108,10 +110,10 @@ class DensityLadder:
     """The density of the slots in payloads whose size no budget fixes, by what all ranks have seen.
 
     Rungs are an eighth of an octave apart. Where most components lie in crowded pieces it climbs, twice as far each
-    time that this happens again; else it goes down by one, or by an octave while nearly all slots are free. So about as
-    many steps have a few slots too few as too many. What did not fit meanwhile waits in the carries, and is not many
-    steps old, since what waits crowds the next step too. Counts come to the host one step late on CUDA, so that it
-    never waits for work in progress.
+    time that this happens again; else it goes down to where the last step's verdicts would have filled seven slots in
+    ten, by one rung at least and an octave at most. So about as many steps have a few slots too few as too many. What
+    did not fit meanwhile waits in the carries, and is not many steps old, since what waits crowds the next step too.
+    Counts come to the host one step late on CUDA, so that it never waits for work in progress.
 
     Attributes:
         rung: now; 0 is a slot for every component.
@@ -145,7 +147,8 @@ class DensityLadder:
             self.rung = max(0, self.rung - self._climbed)
         else:
             self._climbed = 0
-            self.rung = min(_LAST_RUNG, self.rung + (8 if 10 * verdicts < slots else 1))
+            down = 8 * math.log2(_FILL * slots / max(1, verdicts)) if slots else 1
+            self.rung = min(_LAST_RUNG, self.rung + max(1, min(8, round(down))))
 
     def observe(self, verdicts: Tensor, slots: Tensor, crowded: Tensor, lengths: Tensor) -> None:
         """Take note of a group, int64 `[num_rows]` each: verdicts, slots, components in crowded pieces, components."""
