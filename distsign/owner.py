@@ -17,9 +17,6 @@ from distsign.payload import Opened
 
 __all__ = ["OWNER_CARRIES", "Owner", "Piece", "make_owner"]
 
-_SPARSE = 32
-"""Ballots are tallied one by one where at most one component in so many has any; else all are, by vectors."""
-
 Piece = tuple[int, int, int]
 """One owner's part of a parameter: the parameter's index, its first element in it, and its length."""
 
@@ -134,7 +131,6 @@ class PlainCarry(Owner):
         super().__init__(margin, num_voters, forget=forget)
         self._homes: dict[Piece, int] = {}
         self._undecided = torch.zeros(2, 0, dtype=torch.int16)
-        self._recent = torch.zeros(0, dtype=torch.uint8)  # see `Kernels.tally_sparse`
 
     def _count(
         self, ballots: Opened, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
@@ -143,12 +139,11 @@ class PlainCarry(Owner):
         home = np.asarray([self._homes[piece] for piece in pieces], dtype=np.int64)
         spans = Spans(spans.start, spans.length, spans.row, spans.mask_at, spans.sign_at, home)
         kept = self.margin, self._undecided, self._live
-        if ballots.code is None or ballots.code.num_slots * self.num_voters * _SPARSE > ballots.code.num_bits:
+        if ballots.code is None:
             rows, at, ok = ballots.planes(kernels)
-            self._recent.fill_(255)
             kernels.tally_carry(rows, at, spans, *kept, planes)
         else:
-            ok = kernels.tally_sparse(ballots.rows, ballots.at, ballots.code, spans, *kept, self._recent, planes)
+            ok = kernels.tally_sparse(ballots.rows, ballots.at, ballots.code, spans, *kept, planes)
         return kernels.settle_votes(planes, spans, cut.caps, cut.starts, *kept, forget=self.forget), ok
 
     def _make_room(self, pieces: list[Piece], device: torch.device) -> None:
@@ -156,18 +151,17 @@ class PlainCarry(Owner):
         for piece in pieces:
             if piece not in self._homes:
                 self._homes[piece] = end
-                end += (piece[2] + 7) // 8 * 8
-        self._undecided, self._recent = self._undecided.to(device), self._recent.to(device)
+                end += piece[2]
+        self._undecided = self._undecided.to(device)
         if end > before:
             self._undecided = torch.nn.functional.pad(self._undecided, (0, end - before))
-            self._recent = torch.nn.functional.pad(self._recent, (0, (end - before) // 8), value=255)
 
     def kept(self) -> dict[Piece, Tensor]:  # noqa: D102
         live = self._undecided[int(self._live)]
         return {piece: live[home : home + piece[2]].clone() for piece, home in self._homes.items()}
 
     def keep(self, kept: Mapping[Piece, Tensor], device: torch.device) -> None:  # noqa: D102
-        self._homes, self._undecided, self._recent = {}, self._undecided[:, :0], self._recent[:0]
+        self._homes, self._undecided = {}, self._undecided[:, :0]
         self._make_room(list(kept), device)
         for piece, value in kept.items():
             self._undecided[:, self._homes[piece] : self._homes[piece] + piece[2]] = value.to(device)

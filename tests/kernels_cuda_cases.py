@@ -321,10 +321,10 @@ def test_tally_sparse(kernels: Kernels) -> None:
         reference.encode_sparse(planes.view(-1), planes.shape[1], code, row[6 : 6 + code.num_bytes])
     payloads[1, 6] ^= 1  # a body that nobody writes, whose votes mean nothing but reach no other place
     undecided = torch.from_numpy(rng.integers(-3, 4, (2, num_kept)).astype(np.int16))
-    recent, live, out = filled(0), torch.tensor(0), filled(planes.numel())
+    live, out = torch.tensor(0), filled(planes.numel())
     for rows in (payloads[:1], payloads[:1].repeat(3, 1)):
-        agree(kernels, "tally_sparse", rows, 6, code, spans, 2, undecided, live, recent, out)
-    args = (payloads, 6, code, spans, 2, undecided, live, recent, out)
+        agree(kernels, "tally_sparse", rows, 6, code, spans, 2, undecided, live, out)
+    args = (payloads, 6, code, spans, 2, undecided, live, out)
     assert kernels.tally_sparse(*map(on_device, args)).tolist() == [True, False]
 
 

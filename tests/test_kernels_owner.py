@@ -171,14 +171,14 @@ def test_undecided_votes_follow_the_rule(data: st.DataObject, pieces: Pieces, wo
 
 @st.composite
 def neighbours(draw: st.DrawFn) -> Pieces:
-    """Pieces as an owner has them: one behind the other in its planes, at homes of whole bytes."""
+    """Pieces as an owner has them: one behind the other in its planes."""
     lengths = draw(st.lists(st.one_of(st.sampled_from(SIZES), st.integers(0, 1100)), min_size=1, max_size=4))
     order = draw(st.permutations(range(len(lengths))))
-    num_bytes = np.array([plane_bytes(n) for n in lengths])
+    num_bytes, length = np.array([plane_bytes(n) for n in lengths]), np.array(lengths)
     mask_at, home = np.cumsum(num_bytes) - num_bytes, np.zeros(len(lengths), dtype=np.int64)
-    home[order] = 8 * (np.cumsum(num_bytes[order]) - num_bytes[order])
+    home[order] = np.cumsum(length[order]) - length[order]
     total, row = int(num_bytes.sum()), np.arange(len(lengths))
-    return Pieces(Spans(row, np.array(lengths), row, mask_at, mask_at + total, home), total, 8 * total)
+    return Pieces(Spans(row, length, row, mask_at, mask_at + total, home), total, sum(lengths))
 
 
 @settings(max_examples=80, deadline=None)
@@ -186,13 +186,12 @@ def neighbours(draw: st.DrawFn) -> Pieces:
 def test_sparse_bodies_are_tallied_as_their_planes_are(
     data: st.DataObject, pieces: Pieces, world_size: int, seed: int
 ) -> None:
-    """Through steps that are clean, poisoned, malformed or sent as planes, for which all that is known is forgotten."""
+    """Through steps that are clean, poisoned or malformed."""
     rng = np.random.default_rng(seed)
     margin = data.draw(st.integers(1, world_size + 1))
     before = rng.integers(-margin - 1, margin + 2, (2, pieces.num_homes)).astype(np.int16)
     before[rng.random(before.shape) < 0.05] = data.draw(st.sampled_from([MOST, -MOST, MOST - 1]))
     memories = [torch.from_numpy(before.copy()) for _ in BACKENDS]
-    recents = [torch.full((pieces.num_bytes,), 255, dtype=torch.uint8) for _ in BACKENDS]
     live = torch.tensor(data.draw(st.integers(0, 1)))
     for _ in range(6):
         ballots = cast(pieces, world_size, rng, data.draw(st.sampled_from([0.0, 0.02, 0.3])))
@@ -203,20 +202,15 @@ def test_sparse_bodies_are_tallied_as_their_planes_are(
         for row, payload in zip(rows, payloads, strict=True):
             assert reference.encode_sparse(row, pieces.num_bytes, code, payload[5 : 5 + code.num_bytes])
         caps, starts = draw_cuts(data, [piece[0] for piece in ballots])
-        kind = data.draw(st.sampled_from(["clean", "clean", "poisoned", "planes", "malformed"]))
+        kind = data.draw(st.sampled_from(["clean", "clean", "poisoned", "malformed"]))
         liar = data.draw(st.integers(0, world_size - 1))
         if kind == "malformed":
             payloads[liar, 5 : 5 + code.num_bytes] = 255
         forget = data.draw(st.booleans())
         found = []
-        for kernels, memory, recent in zip(BACKENDS, memories, recents, strict=True):
+        for kernels, memory in zip(BACKENDS, memories, strict=True):
             out = torch.full((2 * pieces.num_bytes,), FILL, dtype=torch.uint8)
-            ok = torch.ones(world_size, dtype=torch.bool)
-            if kind == "planes":
-                recent.fill_(255)
-                kernels.tally_carry(rows, 0, pieces.spans, margin, memory, live, out)
-            else:
-                ok = kernels.tally_sparse(payloads, 5, code, pieces.spans, margin, memory, live, recent, out)
+            ok = kernels.tally_sparse(payloads, 5, code, pieces.spans, margin, memory, live, out)
             if ok.all():
                 counts = kernels.settle_votes(out, pieces.spans, caps, starts, margin, memory, live, forget=forget)
                 kept = [memory[1 - live, home] for home in pieces.homes()]

@@ -156,24 +156,19 @@ class Kernels(Protocol):
         margin: int,
         undecided: Tensor,
         live: Tensor,
-        recent: Tensor,
         out: Tensor,
     ) -> Tensor:
-        """Do what `decode_sparse` of each body and `tally_carry` of their planes do, touching no more than needed.
+        """Do what `decode_sparse` of each body and `tally_carry` of their planes do, without the planes.
 
         Args:
             payloads: uint8 `[world_size, payload_bytes]`, contiguous, each with a body of `code` from byte `body_at`.
             body_at: see above.
             code: the sizes; `code.num_bits` is that of a plane with all pieces.
-            spans: this owner's pieces, as `tally_carry` takes them, each behind the one before in the planes. `home` is
-                a multiple of 8.
+            spans: this owner's pieces, as `tally_carry` takes them, each behind the one before in the planes.
             margin: least lead, at least 1.
             undecided: int16 `[2, num_owned_elements]`; half `live` is read and the other written.
             live: int64 scalar tensor.
-            recent: uint8 `[num_owned_elements / 8]`, a piece's mask plane from byte `home / 8` on, with a 1 wherever
-                the halves differ or the votes in half `live` reach the margin, and anywhere else; changed in place to
-                be so for the next step, whichever half is live then. All ones is always right.
-            out: uint8 `[2 * plane_bytes]`, all of it changed in place.
+            out: uint8 `[2 * plane_bytes]`, changed in place where the planes lie.
 
         Returns:
             bool `[world_size]`: False for a body that `encode_sparse` does not write; if any is, `out` and the spare

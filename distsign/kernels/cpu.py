@@ -174,11 +174,10 @@ def tally_sparse(  # noqa: D103
     margin: int,
     undecided: Tensor,
     live: Tensor,
-    recent: Tensor,
     out: Tensor,
 ) -> Tensor:
     # The compiled bodies do not check indices: sizes that do not fit together must not get there.
-    assert margin < 2**15 and payloads.shape[0] < 2**14 and not (spans.home % 8).any()
+    assert margin < 2**15 and payloads.shape[0] < 2**14
     assert code.num_bits == 4 * out.numel() and payloads.shape[1] >= body_at + code.num_bytes
     ok, half = torch.zeros(payloads.shape[0], dtype=torch.bool), int(live)
     jit_sparse.tally_bodies(
@@ -195,7 +194,6 @@ def tally_sparse(  # noqa: D103
         margin,
         undecided[half].numpy(),
         undecided[1 - half].numpy(),
-        recent.numpy(),
         out.numpy(),
         ok.numpy(),
     )

@@ -225,11 +225,9 @@ def tally_sparse(  # noqa: D103
     margin: int,
     undecided: Tensor,
     live: Tensor,
-    recent: Tensor,
     out: Tensor,
 ) -> Tensor:
     # By way of planes: a list of votes whose length the host does not know would have to be as long as the slots.
-    del recent
     bodies = payloads[:, body_at : body_at + code.num_bytes]
     planes = torch.empty(payloads.shape[0], out.numel(), dtype=torch.uint8, device=payloads.device)
     ok = [decode_sparse(body, code, out.numel() // 2, row) for body, row in zip(bodies, planes, strict=True)]

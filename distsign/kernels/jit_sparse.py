@@ -7,10 +7,13 @@ float of an int64 and a uint64, and checks an index that might be negative.
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 from distsign.kernels.jit import _compiled, _jit
 from distsign.kernels.jit_bits import copy_bytes, trailing_zeros
-from distsign.kernels.spans import BLOCK
+from distsign.kernels.spans import BLOCK, LANES
 
 __all__ = ["decode_votes", "encode_votes", "tally_bodies"]
 
@@ -24,6 +27,7 @@ _7 = np.uint64(7)
 _63 = np.uint64(63)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 _MOST = 32767
+_STRETCH = 8 * BLOCK
 
 
 @_compiled("(uint8[::1], int64, uint64, uint64, uint64, uint8[::1])")
@@ -120,117 +124,119 @@ def decode_votes(body, num_slots, low_bits, num_high_bits, num_bytes, out):
 # ----------------------------------------------------------------------------- tally of sparse bodies, without planes
 
 
-@_jit
-def _load(plane, at, size, words):
-    """Copy at most `_CHUNK` bytes into words, filled up with zeros; return whether any is not 0."""
-    as_bytes = words.view(np.uint8)
-    as_bytes[size:] = 0
-    copy_bytes(as_bytes, 0, plane, at, size)
-    found = _0
-    for w in range(_WORDS):
-        found |= words[w]
-    return found != _0
+@intrinsic
+def _sum_block(typing_context, tally, tally_at, old, new, at, margin, out, m_at, s_at):
+    """Add the votes of a step to a block of undecided ones, saturating, and write the planes of what is decided."""
+
+    def generate(context, builder, signature, args):
+        half, word, index = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+        halves, words = ir.VectorType(half, LANES), ir.VectorType(word, LANES)
+
+        def vectors(array, place, vector):
+            data = context.make_array(signature.args[array])(context, builder, args[array]).data
+            return builder.bitcast(builder.gep(data, [args[place]]), vector.as_pointer())
+
+        def splat(number, vector):
+            return ir.Constant(vector, [number] * LANES)
+
+        tally_at, old_at, new_at = vectors(0, 1, halves), vectors(2, 4, halves), vectors(3, 4, halves)
+        binary = ir.FunctionType(halves, [halves, halves])
+        add = cgutils.get_or_insert_function(builder.module, binary, f"llvm.sadd.sat.v{LANES}i16")
+        nothing = ir.Constant(halves, ir.Undefined)
+        margins = builder.insert_element(nothing, builder.trunc(args[5], half), ir.Constant(word, 0))
+        margins = builder.shuffle_vector(margins, nothing, splat(0, words))
+        least = builder.sub(splat(0, halves), margins)
+        yes, no = splat(0, words), splat(0, words)
+        for i in range(BLOCK // LANES):
+            row = [ir.Constant(index, i)]
+            votes = [builder.load(builder.gep(pointer, row), align=2) for pointer in (old_at, tally_at)]
+            total = builder.call(add, votes)
+            lowest = splat(-_MOST, halves)
+            total = builder.select(builder.icmp_signed("<", total, lowest), lowest, total)
+            builder.store(total, builder.gep(new_at, row), align=2)
+            bit = splat(1 << i, words)
+            reached = builder.sext(builder.icmp_signed(">=", total, margins), words)
+            yes = builder.or_(yes, builder.and_(reached, bit))
+            against = builder.sext(builder.icmp_signed("<=", total, least), words)
+            no = builder.or_(no, builder.and_(against, bit))
+        builder.store(builder.or_(yes, no), vectors(6, 7, words), align=1)
+        builder.store(no, vectors(6, 8, words), align=1)
+        return context.get_dummy_value()
+
+    arguments = (tally, types.int64, old, new, types.int64, types.int64, out, types.int64, types.int64)
+    return types.void(*arguments), generate
 
 
 @_jit
-def _element(bit, full):
-    """Return the element of a piece that a bit of its plane stands for; `full` bits are in whole blocks."""
-    if bit < full:  # word j, bit i of a block is its element 16 i + j
-        return (bit & ~(BLOCK - 1)) | (bit & 31) << 4 | ((bit >> 5) & 15)
-    return bit
+def _sum_tail(tally, old, new, margin, out, m_at, s_at):
+    """Do the same for the elements behind the last block."""
+    for i in range(old.size):
+        total = min(max(np.int64(old[i]) + np.int64(tally[i]), -_MOST), _MOST)
+        new[i] = total
+        if i % 8 == 0:
+            out[m_at + i // 8] = 0
+            out[s_at + i // 8] = 0
+        out[m_at + i // 8] |= np.uint8(abs(total) >= margin) << np.uint8(i % 8)
+        out[s_at + i // 8] |= np.uint8(total <= -margin) << np.uint8(i % 8)
 
 
 @_jit
-def _catch_up(words, first, length, home, margin, old, new):
-    """Make `new` equal `old` again where the last step changed it; leave in `words` where a vote reaches the margin."""
-    full = length // BLOCK * BLOCK
-    for w in range(_WORDS):
-        left = words[w]
-        while left:
-            bit = trailing_zeros(left)
-            left &= left - _1
-            place = first + 64 * w + np.int64(bit)
-            if place < length:
-                at = home + _element(place, full)
-                new[at] = old[at]
-                if abs(np.int64(old[at])) >= margin:
-                    continue
-            words[w] &= ~(_1 << bit)
+def _collect(votes, first, num_bits, full, length, tally):
+    """Add the votes on a stretch of a piece's plane to its elements' tally; return how many lie before its end.
 
-
-@_jit
-def _add(votes, position, size, words, first, length, home, new):
-    """Add the votes in a stretch of bytes from a position on; what lies behind the last element is none.
-
-    Sums wrap around, see `_reach`. Returns how many votes lay before the end of the stretch.
+    Args:
+        votes: as `_decode` writes them, none before the stretch but in front of the piece.
+        first: position of the stretch.
+        num_bits: its length, padding of its last byte included.
+        full: elements of it in whole blocks; word j, bit i of such a one is its element 16 i + j.
+        length: elements of it; what lies behind the last is no vote.
+        tally: changed in place.
     """
-    full, end = length // BLOCK * BLOCK, position + 8 * size
     v = 0
-    while v < votes.size and np.int64(votes[v] >> _1) < end:
-        bit = np.int64(votes[v] >> _1) - position
-        if 0 <= bit < length - first:
-            new[home + _element(first + bit, full)] += np.int16(1 - 2 * np.int64(votes[v] & _1))
-            words[bit >> 6] |= _1 << np.uint64(bit & 63)
+    while v < votes.size:
+        bit = np.int64(votes[v] >> _1) - first
+        if bit >= num_bits:
+            break
+        if 0 <= bit < length:
+            if bit < full:
+                bit = (bit & ~(BLOCK - 1)) | (bit & 31) << 4 | ((bit >> 5) & 15)
+            tally[bit] += np.int16(1 - 2 * np.int64(votes[v] & _1))
         v += 1
     return v
 
 
-@_jit
-def _reach(words, first, length, home, margin, old, new, mask, sign):
-    """Saturate the sums and write the verdicts.
-
-    `new` may have wrapped around, but what a step adds is less than half of its range: the difference is exact.
-    """
-    full = length // BLOCK * BLOCK
-    for w in range(_WORDS):
-        left = words[w]
-        while left:
-            bit = first + 64 * w + np.int64(trailing_zeros(left))
-            left &= left - _1
-            at = home + _element(bit, full)
-            total = np.int64(old[at]) + np.int64(np.int16(new[at] - old[at]))
-            total = min(max(total, -_MOST), _MOST)
-            new[at] = total
-            if abs(total) >= margin:
-                mask[bit // 8] |= np.uint8(1) << np.uint8(bit & 7)
-                sign[bit // 8] |= np.uint8(total < 0) << np.uint8(bit & 7)
-
-
 @_compiled(
     "(uint8[:, ::1], int64, int64, uint64, uint64, uint64, int64[::1], int64[::1], int64[::1], int64[::1], int64, "
-    "int16[::1], int16[::1], uint8[::1], uint8[::1], boolean[::1])"
+    "int16[::1], int16[::1], uint8[::1], boolean[::1])"
 )
 def tally_bodies(
     payloads, body_at, body_bytes, num_slots, low_bits, num_high_bits, length, mask_at, sign_at, home, margin, old, new,
-    recent, out, ok,
+    out, ok,
 ):  # fmt: skip
-    """Touch only what changes: the ballots of this step, the places where the halves differ, and what is left over.
-
-    All workers' ballots on one stretch, which the nearest cache holds, come before the next stretch.
-    """
-    words = np.empty(_WORDS, np.uint64)
-    votes = np.empty((payloads.shape[0], num_slots), np.uint64)
-    counts, done = np.zeros(payloads.shape[0], np.int64), np.zeros(payloads.shape[0], np.int64)
-    for w in range(payloads.shape[0]):
+    """Count the votes of all workers on one stretch after the other, which the nearest cache holds."""
+    num_workers = payloads.shape[0]
+    votes = np.empty((num_workers, num_slots), np.uint64)
+    counts, done = np.zeros(num_workers, np.int64), np.zeros(num_workers, np.int64)
+    for w in range(num_workers):
         body = payloads[w, body_at : body_at + body_bytes]
         counts[w] = _decode(body, num_slots, low_bits, num_high_bits, np.uint64(4 * out.size), votes[w])
         ok[w] = counts[w] >= 0
-    if counts.size and counts.min() < 0:
-        return
-    out[:] = 0
+        if not ok[w]:
+            counts[w] = 0
+    tally = np.empty(_STRETCH, np.int16)
     for k in range(length.size):
-        num_bytes = (length[k] + 7) // 8
-        mask, sign = out[mask_at[k] : mask_at[k] + num_bytes], out[sign_at[k] : sign_at[k] + num_bytes]
-        for chunk in range(0, num_bytes, _CHUNK):
-            size = min(_CHUNK, num_bytes - chunk)
-            some = _load(recent, home[k] // 8 + chunk, size, words)
-            if some:
-                _catch_up(words, 8 * chunk, length[k], home[k], margin, old, new)
-            for w in range(counts.size):
-                of_worker = votes[w, done[w] : counts[w]]
-                added = _add(of_worker, 8 * (mask_at[k] + chunk), size, words, 8 * chunk, length[k], home[k], new)
-                some |= added != 0
-                done[w] += added
-            if some:
-                _reach(words, 8 * chunk, length[k], home[k], margin, old, new, mask, sign)
-                copy_bytes(recent, home[k] // 8 + chunk, words.view(np.uint8), 0, size)
+        for at in range(0, length[k], _STRETCH):
+            n = min(_STRETCH, length[k] - at)
+            full = n // BLOCK * BLOCK
+            m_at, s_at, base = mask_at[k] + at // 8, sign_at[k] + at // 8, home[k] + at
+            tally[:] = 0
+            for w in range(num_workers):
+                left = votes[w, done[w] : counts[w]]
+                done[w] += _collect(left, 8 * m_at, (n + 7) // 8 * 8, full, n, tally)
+            for block in range(0, full, BLOCK):
+                _sum_block(tally, block, old, new, base + block, margin, out, m_at + block // 8, s_at + block // 8)
+            end = base + n
+            _sum_tail(
+                tally[full:n], old[base + full : end], new[base + full : end], margin, out, m_at + full // 8,
+                s_at + full // 8,
+            )  # fmt: skip

@@ -42,10 +42,8 @@ def tally_sparse(  # noqa: D103
     margin: int,
     undecided: Tensor,
     live: Tensor,
-    recent: Tensor,
     out: Tensor,
 ) -> Tensor:
-    del recent  # all of the spare half is written
     bodies = payloads[:, body_at : body_at + code.num_bytes]
     planes = torch.zeros(payloads.shape[0], out.numel(), dtype=torch.uint8, device=payloads.device)
     ok = [decode_sparse(body, code, out.numel() // 2, row) for body, row in zip(bodies, planes, strict=True)]
