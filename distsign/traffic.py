@@ -213,6 +213,17 @@ class GroupMessages:
             np.stack(verdicts),
         )
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that all ranks send together, which are those that they receive."""
+        per_node, num_voters = self.ballots.shape
+        payloads = self.ballots.sum() + self.verdicts.sum()
+        if self.exchange == "all_gather":
+            payloads = num_voters * self.ballots.sum()
+        between = (num_voters - 1) * payloads
+        within = num_voters * (per_node - 1) * (self.gradient_bytes.sum() + self.verdicts.sum())
+        return int(between + within)
+
     def of_rank(self, rank: int) -> ExchangeBytes:
         """Return what one rank sends and receives."""
         per_node = self.gradient_bytes.size

@@ -26,6 +26,8 @@ LAYERS: list[set[str]] = [
     {"hook"},
     {"rivals", "robustness"},
     {"simulator", "study"},
+    {"cli"},
+    {"__main__"},
     {""},  # distsign/__init__.py, the public names
 ]
 CALLS_COLLECTIVES = "exchange"
