@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -50,15 +51,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_simulate(parser: argparse.ArgumentParser) -> None:
     kinds = "; ".join(f"{name}: {kind.summary}" for name, kind in SCHEMES.items())
     add = parser.add_argument
-    add("--model", required=True, help=f"{', '.join(PRESETS)}; sizes such as 12*1049600,10; module:function; a zoo's name")
+    models = f"{', '.join(PRESETS)}; sizes such as 12*1049600,10; module:function; a torchvision or timm name"
+    add("--model", required=True, help=models)
     add("--workers", type=int, required=True, help="in all")
     add("--per-node", type=int, default=1, help="workers that share a node's link (1)")
     add("--per-machine", type=int, help="workers that share a machine's cores (those of a node)")
     add("--link", type=_quantity(parse_bandwidth), help="of a node, such as 1gbit, 25Gb/s, 100MB/s (the profile's)")
     add("--latency", type=_quantity(parse_seconds), help="of that link, such as 50us (the profile's, or 0)")
-    add("--node-link", type=_quantity(parse_bandwidth), help="between workers of a node, each (no limit)")
-    add("--node-latency", type=_quantity(parse_seconds), default=0.0, help="likewise (0)")
-    add("--scheme", action="append", metavar="SCHEME", help=f"again for each one (the usual ones). {kinds}".replace("%", "%%"))
+    add("--node-link", type=_quantity(parse_bandwidth), help="between a node's workers, each (the profile's)")
+    add("--node-latency", type=_quantity(parse_seconds), help="likewise (the profile's, or 0)")
+    add("--scheme", action="append", help=f"again for each one (the usual ones). {kinds}")
     add("--bucket-mb", type=float, help="DDP's bucket_cap_mb, MiB (25, after a first bucket of 1)")
     add("--compute", type=_quantity(parse_seconds), help="forward and backward of a batch on one worker, such as 120ms")
     add("--throughput", type=float, help="in its place: samples per second of one worker alone; with --batch-size")
@@ -121,11 +123,12 @@ def _cluster(options: argparse.Namespace, profile: Profile) -> Cluster:
     if not options.link:
         bandwidth /= profile.efficiency  # measured as payload, and will be multiplied by it again
     latency = profile.latency_s if options.latency is None else options.latency
+    node_latency = profile.node_latency_s if options.node_latency is None else options.node_latency
     return Cluster(
         options.workers,
         Link(bandwidth, latency),
         options.per_node,
-        Link(options.node_link or float("inf"), options.node_latency),
+        Link(options.node_link or profile.node_bandwidth_bytes_per_s or math.inf, node_latency),
         options.per_machine,
     )
 

@@ -204,8 +204,10 @@ class GroupMessages:
             elements.append(sum(shape.num_elements for shape in shapes))
             ballots.append(payload_sizes(shapes, num_voters, density, wire))
             # As in `payload.forms`: without a carry at the owner nothing may be left behind there.
-            slots = 1 if owner_carry else num_voters
-            verdicts.append(ballots[-1] if slots == 1 else payload_sizes(shapes, num_voters, density, wire, voters=slots))
+            back = ballots[-1]
+            if density is not None and not owner_carry:
+                back = payload_sizes(shapes, num_voters, density, wire, voters=num_voters)
+            verdicts.append(back)
         return cls(
             "two_phase" if exchange == "hierarchical" else exchange,
             bytes_per_element * np.asarray(elements, dtype=np.int64),

@@ -10,4 +10,15 @@ from distsign.simulator.predict import Prediction, Step, break_even, simulate
 from distsign.simulator.profile import Profile
 from distsign.simulator.schemes import Scheme
 
-__all__ = ["Cluster", "Link", "Model", "Prediction", "Profile", "Scheme", "Step", "break_even", "load_model", "simulate"]
+__all__ = [
+    "Cluster",
+    "Link",
+    "Model",
+    "Prediction",
+    "Profile",
+    "Scheme",
+    "Step",
+    "break_even",
+    "load_model",
+    "simulate",
+]

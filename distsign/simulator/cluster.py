@@ -73,7 +73,8 @@ class Cluster:
     def __post_init__(self) -> None:
         if self.num_workers < 1 or self.workers_per_node < 1:
             raise ValueError(
-                f"a cluster has at least 1 worker and 1 worker per node, got {self.num_workers} and {self.workers_per_node}"
+                f"a cluster has at least 1 worker and 1 worker per node, got {self.num_workers} and "
+                f"{self.workers_per_node}"
             )
         if self.workers_per_node > self.num_workers:
             raise ValueError(

@@ -132,11 +132,7 @@ class Simulation:
 
     def _round_s(self, task: Task) -> float:
         """Return the time of a round where nobody else is about."""
-        times = [
-            work / self._resources[name].alone
-            for name, work in task.work.items()
-            if name in self._resources
-        ]
+        times = [work / self._resources[name].alone for name, work in task.work.items() if name in self._resources]
         longest = max(times, default=0.0)
         return task.delay_s + longest + task.serial * (sum(times) - longest)
 

@@ -84,7 +84,7 @@ class Step:
         self.compute_s, self.bucket_mb = compute_s, bucket_mb
 
     def bytes_of_rank(self, rank: int) -> ExchangeBytes:
-        """Return what one rank sends and receives in a step, as the hook counts it (by the ring's formula, in all-reduces)."""
+        """Return what one rank sends and receives in a step as the hook counts it; by formula in all-reduces."""
         return self.plan.bytes_of_rank(rank)
 
     def on(self, bandwidth_bytes_per_s: float | None = None) -> Prediction:

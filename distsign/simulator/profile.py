@@ -18,7 +18,7 @@ COLLECTIVES = ("all_reduce_fp32", "all_reduce_bf16", "all_reduce_fp16", "all_to_
 """The collectives that schemes call."""
 
 KERNELS = (
-    *("to_half", "from_half", "power_sgd_pass", "power_sgd_factor", "power_sgd_orthogonal"),
+    *("to_half", "from_half", "power_sgd_pass", "power_sgd_read", "power_sgd_factor", "power_sgd_orthogonal"),
     *("top_k_choose", "top_k_scatter", "node_mean", "step_mean", "step_vote"),
     *(f"{what}_{coded}" for what in ("cast", "count", "read") for coded in ("planes", "sparse")),
 )
@@ -76,6 +76,8 @@ class Profile:
         bandwidth_bytes_per_s: of the link as measured.
         latency_s: likewise.
         efficiency: share of a link's nominal bandwidth that payloads get.
+        node_bandwidth_bytes_per_s: between ranks of a node, for each of them; None where that was not measured.
+        node_latency_s: likewise.
         facts: where and on what it was measured.
 
     Raises:
@@ -94,6 +96,8 @@ class Profile:
     bandwidth_bytes_per_s: float | None = None
     latency_s: float = 0.0
     efficiency: float = 1.0
+    node_bandwidth_bytes_per_s: float | None = None
+    node_latency_s: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,8 +108,9 @@ class Profile:
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"a profile's device must be cpu or cuda, got {self.device!r}")
         numbers = {"cores": self.cores, "concurrent": self.concurrent, "efficiency": self.efficiency}
-        if self.bandwidth_bytes_per_s is not None:
-            numbers["bandwidth_bytes_per_s"] = self.bandwidth_bytes_per_s
+        for name in ("bandwidth_bytes_per_s", "node_bandwidth_bytes_per_s"):
+            if getattr(self, name) is not None:
+                numbers[name] = getattr(self, name)
         for name, value in numbers.items():
             if not _is_number(value) or value <= 0:
                 raise ValueError(f"a profile's {name} must be a number above zero, got {value!r}")
@@ -113,8 +118,10 @@ class Profile:
             for key, value in vars(cost).items():
                 if not _is_number(value) or not 0 <= value < math.inf:
                     raise ValueError(f"{key} of {name} must be a number of at least 0, got {value!r}")
-        if not _is_number(self.latency_s) or not 0 <= self.latency_s < math.inf:
-            raise ValueError(f"a profile's latency_s must be a number of at least 0, got {self.latency_s!r}")
+        for name in ("latency_s", "node_latency_s"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"a profile's {name} must be a number of at least 0, got {value!r}")
 
     @classmethod
     def ideal(cls) -> Profile:

@@ -95,7 +95,8 @@ class Comparison:
             runner_up = next((each for each in ranked if each is not best), best)
             gain = 100 * (runner_up.step_s / best.step_s - 1)
             return f"fastest here: {best.scheme}, by {gain:.3g} % over {runner_up.scheme}"
-        return f"do not compress: {best.scheme} takes {format_seconds(best.step_s)} a step, {_reason(best, compressed[0])}"
+        why = _reason(best, compressed[0])
+        return f"do not compress: {best.scheme} takes {format_seconds(best.step_s)} a step, {why}"
 
     def write_json(self, path: str | Path, settings: Mapping[str, Any]) -> None:
         """Write settings, rows and advice."""
@@ -119,7 +120,7 @@ def _reason(best: Prediction, rival: Prediction) -> str:
     if rival.kernel_s - best.kernel_s > best.exposed_s - rival.exposed_s:
         spared = max(0.0, best.exposed_s - rival.exposed_s)
         more = rival.kernel_s - best.kernel_s
-        return f"{beside}, because its kernels cost {format_seconds(more)} more and spare {format_seconds(spared)} of waiting"
+        return f"{beside}, because its kernels cost {format_seconds(more)} more and spare {format_seconds(spared)}"
     return f"{beside}, because waiting for messages, not bytes, takes the time"
 
 
@@ -204,4 +205,11 @@ def _at_workers(step: Step, num_workers: int) -> Step:
         num_workers=num_workers,
         workers_per_machine=None if machine is None else min(machine, num_workers),
     )
-    return Step(step.model, cluster, step.scheme, compute_s=step.compute_s, profile=step.profile, bucket_mb=step.bucket_mb)
+    return Step(
+        step.model,
+        cluster,
+        step.scheme,
+        compute_s=step.compute_s,
+        profile=step.profile,
+        bucket_mb=step.bucket_mb,
+    )

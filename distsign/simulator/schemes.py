@@ -268,11 +268,13 @@ def _plan_power_sgd(scheme: Scheme, model: Model, buckets: list[Bucket], cluster
         whole, p, q = power_sgd_elements(shapes, rank)
         compressed = bucket.num_elements - whole
         reduced = [ring_all_reduce("all_reduce_fp32", n, 4, cluster) for n in (whole, p, q)]
-        factor = Kernel("power_sgd_factor", rank * compressed)  # a product with a thin matrix
-        touched = Kernel("power_sgd_pass", compressed)  # feedback is added before, the error kept after
+        # A product with a thin matrix reads the gradient once, and multiplies as often as the rank says.
+        product = (Kernel("power_sgd_read", compressed), Kernel("power_sgd_factor", rank * compressed))
+        before = Kernel("power_sgd_pass", 2 * compressed)  # the error is added, and the sum kept
+        after = Kernel("power_sgd_pass", 2 * compressed)  # the new error is the difference to what was sent
         orthogonal = Kernel("power_sgd_orthogonal", rank * p)
-        stages = (reduced[0], reduced[1], orthogonal, factor, reduced[2], factor, touched)
-        jobs.append(Job(number, (touched, factor), stages))
+        stages = (reduced[0], reduced[1], orthogonal, *product, reduced[2], *product, after)
+        jobs.append(Job(number, (before, *product), stages))
         total += sum(ring_all_reduce_bytes(n, 4, cluster.num_workers) for n in (whole, p, q))
     return _reduced(buckets, jobs, total, cluster)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from difflib import get_close_matches
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 __all__ = ["format_bandwidth", "format_bytes", "format_seconds", "nearest", "parse_bandwidth", "parse_seconds"]
 
@@ -32,7 +32,9 @@ def parse_bandwidth(text: str) -> float:
     """
     match = _BANDWIDTH.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"cannot read the bandwidth {text!r}: expected a number and a unit such as 1gbit, 25Gb/s or 100MB/s")
+        raise ValueError(
+            f"cannot read the bandwidth {text!r}: expected a number and a unit such as 1gbit, 25Gb/s or 100MB/s"
+        )
     number, prefix, unit = match.groups()
     is_bytes = unit.lower().startswith("byte") or unit == "B"
     value = float(number) * _PREFIX[prefix.lower()] / (1 if is_bytes else 8)

@@ -1,0 +1,172 @@
+"""What hooks and optimizers compute, as calls that can be timed, for a gradient of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distsign.confidence import RMSConfidence
+from distsign.kernels import kernels_for
+from distsign.layout import Layout, Shape
+from distsign.optim import SignAdamPP
+from distsign.owner import make_owner
+from distsign.payload import density_for, forms
+from distsign.plan import COALESCE_BYTES
+from distsign.voter import Voter, rotating_starts
+
+__all__ = ["BITS", "POWER_RANK", "Probe", "probes"]
+
+BITS = 0.1
+"""The budget at which sparse kernels are timed: most of their time is spent on planes, whatever the budget."""
+
+_NUM_PARAMETERS = 4
+POWER_RANK = 4
+_DENSITY = 0.001
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A kernel of some size.
+
+    Args:
+        name: in `Profile.kernels`.
+        elements: as the schemes count them.
+        run: the call.
+    """
+
+    name: str
+    elements: int
+    run: Callable[[], object]
+
+
+def probes(num_elements: int, world_size: int, device: torch.device) -> list[Probe]:
+    """Return all kernels for a bucket of so many elements.
+
+    Args:
+        num_elements: at least 4096.
+        world_size: voters.
+        device: where the gradient lies.
+    """
+    generator = torch.Generator().manual_seed(1)
+    gradient = torch.randn(num_elements, generator=generator).to(device)
+    found = [*_dense(gradient), *_power_sgd(gradient), *_top_k(gradient, world_size), *_steps(gradient)]
+    for bits in (None, BITS):
+        found += _vote(gradient, world_size, bits)
+    return found
+
+
+def _dense(gradient: Tensor) -> list[Probe]:
+    n, half = gradient.numel(), gradient.bfloat16()
+    rows = gradient[: n // 2 * 2].view(2, -1)
+    return [
+        Probe("to_half", n, lambda: gradient.to(torch.bfloat16).div_(4)),
+        Probe("from_half", n, lambda: gradient.copy_(half)),
+        Probe("node_mean", n, lambda: torch.cat([rows[0], rows[1]]).view(2, -1).sum(0)),
+    ]
+
+
+def _power_sgd(gradient: Tensor) -> list[Probe]:
+    side = int(gradient.numel() ** 0.5)
+    matrix = gradient[: side * side].view(side, side)
+    factor = torch.randn(side, POWER_RANK).to(gradient.device)
+    one = factor[:, :1].contiguous()
+    kept = torch.zeros_like(matrix)
+    return [
+        Probe("power_sgd_pass", matrix.numel(), lambda: torch.add(matrix, matrix, out=kept)),
+        Probe("power_sgd_read", matrix.numel(), lambda: matrix @ one),
+        Probe("power_sgd_factor", POWER_RANK * matrix.numel(), lambda: matrix @ factor),
+        Probe("power_sgd_orthogonal", POWER_RANK * factor.numel(), lambda: torch.linalg.qr(factor)),
+    ]
+
+
+def _top_k(gradient: Tensor, world_size: int) -> list[Probe]:
+    slots = max(1, int(_DENSITY * gradient.numel()))
+
+    def choose() -> Tensor:
+        found = gradient.abs().topk(slots, sorted=False).indices
+        return gradient[found]
+
+    where = gradient.abs().topk(slots).indices.repeat(world_size)
+    values = gradient[where]
+    into = torch.zeros_like(gradient)
+    return [
+        Probe("top_k_choose", gradient.numel(), choose),
+        Probe("top_k_scatter", where.numel(), lambda: into.index_add_(0, where, values)),
+    ]
+
+
+def _steps(gradient: Tensor) -> list[Probe]:
+    def stepper(make: Callable[[Tensor], torch.optim.Optimizer]) -> Callable[[], object]:
+        parameter = torch.nn.Parameter(torch.zeros_like(gradient))
+        parameter.grad = gradient.sign()
+        optimizer = make(parameter)
+        return optimizer.step
+
+    n = gradient.numel()
+    return [
+        Probe("step_mean", n, stepper(lambda p: torch.optim.SGD([p], lr=1e-3))),
+        Probe("step_vote", n, stepper(lambda p: SignAdamPP([("p", p)], lr=1e-4, momentum=0.0))),
+    ]
+
+
+def _vote(gradient: Tensor, world_size: int, bits: float | None) -> list[Probe]:
+    """Return casting, counting and reading, as pipeline and exchange do it for one exchange group."""
+    device, n = gradient.device, gradient.numel()
+    kernels, coded = kernels_for(device), "planes" if bits is None else "sparse"
+    homes = [k * n // _NUM_PARAMETERS for k in range(_NUM_PARAMETERS + 1)]
+    lengths = [b - a for a, b in zip(homes, homes[1:], strict=False)]
+    shapes = [Shape(k, lengths[k], homes[k]) for k in range(_NUM_PARAMETERS)]
+    layout = Layout.build([shapes], world_size)
+    density = None if bits is None else density_for(bits, shapes, world_size, COALESCE_BYTES)
+    ballots, verdicts = forms(layout, density, "auto", owner_carry=bits is not None)
+    starts = rotating_starts(layout, 0)
+    voter = Voter(RMSConfidence(k=1.0 if bits is None else 4.0), torch.float32)
+    voter.grow(lengths, device)
+    rows, scale = torch.arange(_NUM_PARAMETERS, device=device), torch.ones((), dtype=torch.float64, device=device)
+    clean, raw = torch.zeros((), dtype=torch.bool, device=device), torch.zeros(0, device=device)
+    owner = make_owner(None if bits is None else "plain", 1, world_size, forget=bits is not None)
+
+    def cast() -> Tensor:
+        planes = torch.empty(layout.buffer_bytes, dtype=torch.uint8, device=device)
+        found = voter.cast(
+            [gradient],
+            layout,
+            rows,
+            scale=scale,
+            kernels=kernels,
+            out=planes,
+            caps=ballots.caps,
+            starts=starts,
+            forget=bits is not None,
+        )
+        sealed = ballots.seal(planes, found.crowded, raw, clean, kernels)
+        voter.commit(clean)
+        return sealed
+
+    def count(shard: int, received: Tensor) -> Tensor:
+        found = ballots.open(shard, received, kernels)
+        planes, crowded = owner.count(found.rows, found.at, layout, shard, verdicts.caps, starts, kernels)
+        return verdicts.seal_one(shard, planes, None if found.crowded is None else crowded, raw, clean, kernels)
+
+    payload = cast()
+    parts = torch.split(payload, list(ballots.sizes))
+    received = parts[0].repeat(world_size, 1)
+    answer = torch.cat([count(k, part.repeat(world_size, 1)) for k, part in enumerate(parts)])
+    out = torch.empty_like(gradient)
+
+    def read() -> object:
+        found = verdicts.open_all(answer, kernels)
+        return kernels.unpack(found.rows[0], layout.pieces[0], scale.float(), out)
+
+    def count_and_commit() -> None:
+        count(0, received)
+        owner.commit(clean)
+
+    return [
+        Probe(f"cast_{coded}", n, cast),
+        Probe(f"count_{coded}", n, count_and_commit),
+        Probe(f"read_{coded}", n, read),
+    ]
