@@ -84,14 +84,15 @@ def _power_sgd(gradient: Tensor) -> list[Probe]:
 
 def _top_k(gradient: Tensor, world_size: int) -> list[Probe]:
     slots = max(1, int(_DENSITY * gradient.numel()))
+    into = torch.zeros_like(gradient)
 
     def choose() -> Tensor:
         found = gradient.abs().topk(slots, sorted=False).indices
+        into.zero_()  # what the others' components are added to
         return gradient[found]
 
     where = gradient.abs().topk(slots).indices.repeat(world_size)
     values = gradient[where]
-    into = torch.zeros_like(gradient)
     return [
         Probe("top_k_choose", gradient.numel(), choose),
         Probe("top_k_scatter", where.numel(), lambda: into.index_add_(0, where, values)),
