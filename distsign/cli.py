@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,13 +90,16 @@ def _simulate(options: argparse.Namespace) -> int:
     cluster = _cluster(options, profile)
     model = load_model(options.model)
     compute_s = _compute_s(options)
-    schemes = [Scheme.parse(text) for text in options.scheme or ()] or list(default_schemes(cluster))
 
     def step(scheme: Scheme) -> Step:
         return Step(model, cluster, scheme, compute_s=compute_s, profile=profile, bucket_mb=options.bucket_mb)
 
-    steps = [step(scheme) for scheme in schemes]
-    found = compare(steps, [step(Scheme(name)) for name in BASELINES])
+    baselines = [step(Scheme(name)) for name in BASELINES]
+    if options.scheme:
+        steps = [step(Scheme.parse(text)) for text in options.scheme]
+    else:
+        steps = list(_possible(step, default_schemes(cluster)))
+    found = compare(steps, baselines)
     write = sys.stdout.write
     link = f"{format_bandwidth(cluster.link.bandwidth_bytes_per_s)}, {format_seconds(cluster.link.latency_s)}"
     write(f"{model.name}, {model.num_elements:,} parameters, compute {format_seconds(compute_s)}\n")
@@ -114,6 +117,15 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.picture:
         draw(steps, options.picture)
     return 0
+
+
+def _possible(step: Callable[[Scheme], Step], schemes: Iterable[Scheme]) -> Iterator[Step]:
+    """Yield the usual schemes; one that nobody has asked for may not be possible for a model."""
+    for scheme in schemes:
+        try:
+            yield step(scheme)
+        except ValueError as error:
+            sys.stderr.write(f"distsign: left out {scheme.label}: {error}\n")
 
 
 def _cluster(options: argparse.Namespace, profile: Profile) -> Cluster:

@@ -317,11 +317,11 @@ def _sizes(
     body, census = 2 * planes, np.zeros_like(planes)
     if density is not None:
         census = (per_owner(np.ones_like(lengths)) + 7) // 8
-        pairs = np.stack([planes, per_owner(caps_at(density, lengths, voters))])
+        slots = per_owner(caps_at(density, lengths, voters))
         # Thousands of owners have few different shares.
-        different, which = np.unique(pairs, axis=1, return_inverse=True)
-        sparse = np.asarray([SparseCode(8 * p, caps).num_bytes for p, caps in different.T.tolist()], dtype=np.int64)
-        coded = sparse[which.reshape(-1)]
+        pairs = list(zip(planes.tolist(), slots.tolist(), strict=True))
+        codes = {pair: SparseCode(8 * pair[0], pair[1]).num_bytes for pair in set(pairs)}
+        coded = np.asarray([codes[pair] for pair in pairs], dtype=np.int64)
         body = {"planes": body, "sparse": coded, "auto": np.minimum(body, coded)}[wire]
     sizes: IntArray = HEADER_BYTES + census + body + raw
     return sizes

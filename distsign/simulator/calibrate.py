@@ -28,7 +28,6 @@ __all__ = ["calibrate", "calibrate_under_torchrun", "fit_collectives", "non_nega
 
 _SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 20, 1 << 22)
 _KERNEL_SIZES = (1 << 14, 1 << 17, 1 << 20)
-_REPEATS = 5
 _LINK_LIMITED = 0.7
 """Of the nominal bandwidth: below it something else is the limit, and says nothing of the link."""
 
@@ -152,6 +151,7 @@ def calibrate(
     ranks_per_node: int | None = None,
     ranks_per_machine: int | None = None,
     seconds: float = 10.0,
+    repeats: int = 5,
 ) -> Profile | None:
     """Measure links, collectives and kernels on the ranks of the default process group.
 
@@ -162,6 +162,7 @@ def calibrate(
         ranks_per_node: consecutive ranks that share a link; None: `LOCAL_WORLD_SIZE`.
         ranks_per_machine: consecutive ranks that share cores; None: `LOCAL_WORLD_SIZE`.
         seconds: about how long it may take; on slow links, large messages are left out.
+        repeats: of each measurement, of which the median counts.
 
     Returns:
         The profile on rank 0, None on the others.
@@ -177,22 +178,22 @@ def calibrate(
             raise ValueError(f"{count} ranks per {what} do not divide the {world_size} ranks")
     ranks = Ranks(per_node, per_machine)
     try:
-        return _calibrate(ranks, nominal_bytes_per_s, seconds)
+        return _calibrate(ranks, nominal_bytes_per_s, seconds, repeats)
     finally:
         ranks.close()
 
 
-def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float) -> Profile | None:
+def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, repeats: int) -> Profile | None:
     on_cpu = ranks.device.type == "cpu"
     plan = [(group, kind) for group in ranks.groups for kind in COLLECTIVES]
     with _progress(len(plan) + len(_KERNEL_SIZES) + 1, ranks.rank) as advance:
-        cores = _cores(ranks) if on_cpu else math.inf
+        cores = _cores(ranks, repeats) if on_cpu else math.inf
         stretch = max(1.0, ranks.per_machine / cores)
         advance()
-        kernels = _kernels(ranks, stretch, advance)
+        kernels = _kernels(ranks, stretch, repeats, advance)
         calls: dict[str, list[Call]] = {group: [] for group in ranks.groups}
         for group, kind in plan:
-            calls[group] += _calls(ranks, kind, group, 0.6 * seconds / len(plan))
+            calls[group] += _calls(ranks, kind, group, 0.6 * seconds / len(plan), repeats)
             advance()
     if ranks.rank != 0:
         return None
@@ -223,7 +224,7 @@ def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float) 
     )
 
 
-def _cores(ranks: Ranks) -> float:
+def _cores(ranks: Ranks, repeats: int) -> float:
     """Return the cores that the ranks of a machine have together: how much slower they are at once than one alone."""
     if ranks.per_machine == 1:
         return math.inf
@@ -233,16 +234,16 @@ def _cores(ranks: Ranks) -> float:
         for _ in range(10):
             torch.mm(matrix, matrix)
 
-    alone = ranks.time(work, 2 * _REPEATS, alone=True).wall_s
-    together = ranks.time(work, 2 * _REPEATS).wall_s
+    alone = ranks.time(work, 2 * repeats, alone=True).wall_s
+    together = ranks.time(work, 2 * repeats).wall_s
     return float(min(ranks.per_machine, ranks.per_machine * alone / together))
 
 
-def _kernels(ranks: Ranks, stretch: float, advance: Callable[[], object]) -> dict[str, KernelCost]:
+def _kernels(ranks: Ranks, stretch: float, repeats: int, advance: Callable[[], object]) -> dict[str, KernelCost]:
     seen: dict[str, list[tuple[int, float]]] = {}
     for size in _KERNEL_SIZES:
         for probe in probes(size, ranks.world_size, ranks.device):
-            found = ranks.time(probe.run, _REPEATS)
+            found = ranks.time(probe.run, repeats)
             seen.setdefault(probe.name, []).append((probe.elements, found.wall_s / stretch))
         advance()
     _split_power_sgd(seen)
@@ -264,15 +265,15 @@ def _split_power_sgd(seen: dict[str, list[tuple[int, float]]]) -> None:
     ]
 
 
-def _calls(ranks: Ranks, kind: str, group: str, budget_s: float) -> list[Call]:
+def _calls(ranks: Ranks, kind: str, group: str, budget_s: float, repeats: int) -> list[Call]:
     """Time one collective on growing sizes, until the next one would take too long."""
     found: list[Call] = []
     spent = 0.0
     for size, after in itertools.pairwise([*_SIZES, 4 * _SIZES[-1]]):
-        call = ranks.call(kind, size, group, _REPEATS)
+        call = ranks.call(kind, size, group, repeats)
         found.append(call)
-        spent += (_REPEATS + 1) * call.timing.wall_s
-        expected_s = (_REPEATS + 1) * call.timing.wall_s * after / size
+        spent += (repeats + 1) * call.timing.wall_s
+        expected_s = (repeats + 1) * call.timing.wall_s * after / size
         if len(found) >= 3 and ranks.agreed(spent + expected_s) > budget_s:
             break
     return found
