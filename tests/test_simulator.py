@@ -247,6 +247,19 @@ def test_break_even_is_where_the_times_meet() -> None:
     assert break_even(hopeless, [fp32]) is None
 
 
+def test_who_sends_more_pays_nowhere_below() -> None:
+    """At 4,096 workers an all-gather of 0.1 % has four times the bytes of fp32, but half of its rounds."""
+    cluster = Cluster(4096, Link.parse("10gbit", "50us"))
+    top_k, fp32 = steps(["topk:0.001", "fp32"], cluster, 0.0)
+    assert top_k.on(1e13).step_s < fp32.on(1e13).step_s
+    assert break_even(top_k, [fp32]) is None
+    # Planes of large parameters spare both, everywhere. Of small ones, owned whole, their owners send more than a ring.
+    model = Model.of([1 << 26])
+    even, ring = (Step(model, cluster, Scheme.parse(text), compute_s=0.0) for text in ("planes", "fp32"))
+    assert break_even(even, [ring]) == math.inf
+    assert break_even(steps(["planes"], cluster, 0.0)[0], [fp32]) is None
+
+
 def test_advice() -> None:
     slow, fast = Cluster(4, Link.parse("100mbit")), Cluster(4, Link.parse("100gbit"))
     costly = profile(cast_planes=KernelCost(0.05), power_sgd_pass=KernelCost(0.1))
@@ -260,6 +273,7 @@ def test_advice() -> None:
     assert "its kernels cost 150 ms more" in advice(fast, ["planes"], 0.0)
     assert "hides behind backward" in advice(fast, ["planes"], 10.0)
     assert advice(slow, ["fp32", "bf16"]).startswith("fastest here: bf16, by")
+    assert "by 0.053 % only" in advice(Cluster(4, Link.parse("1gbit")), ["sparse:bits=0.1"], 180.0)
     assert "one worker" in advice(Cluster(1, Link(BANDWIDTH)), ["planes"])
 
 

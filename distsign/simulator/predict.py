@@ -29,6 +29,7 @@ class Prediction:
         scheme: name and options.
         sent_bytes: by a rank in a step, mean over the ranks.
         received_bytes: likewise.
+        node_bytes: that leave a node in a step, of all its ranks together.
         ratio_to_fp32: how many times fewer bytes than a ring all-reduce in float32.
         ratio_to_bf16: likewise in bfloat16.
         exchange_s: while anything of the exchange was under way.
@@ -41,6 +42,7 @@ class Prediction:
     scheme: str
     sent_bytes: float
     received_bytes: float
+    node_bytes: float
     ratio_to_fp32: float
     ratio_to_bf16: float
     exchange_s: float
@@ -186,6 +188,7 @@ class _Timeline:
             scheme=step.scheme.label,
             sent_bytes=each,
             received_bytes=each,
+            node_bytes=step.plan.node_bytes,
             ratio_to_fp32=fp32 / each if each else 1.0,
             ratio_to_bf16=bf16 / each if each else 1.0,
             exchange_s=busy_s,
@@ -238,27 +241,27 @@ def simulate(
 
 
 def break_even(step: Step, rivals: Sequence[Step]) -> float | None:
-    """Return the bandwidth, in bytes per second, below which a scheme is faster than the fastest of its rivals.
+    """Return the bandwidth, in bytes per second, below which a scheme is always faster than the fastest of its rivals.
 
     Args:
         step: the scheme.
         rivals: uncompressed schemes on the same cluster.
 
     Returns:
-        None where it is not faster at any bandwidth; infinity where it is faster at all of them.
+        None where it is not faster even on the slowest links; infinity where it is faster on all.
     """
 
     def gains(bandwidth: float) -> bool:
         return step.on(bandwidth).step_s < min(rival.on(bandwidth).step_s for rival in rivals)
 
-    # From the top, since a scheme may lose on fast links only; by a factor of ten, then closer.
-    grid = [MOST_BYTES_PER_S / 10**k for k in range(round(math.log10(MOST_BYTES_PER_S / LEAST_BYTES_PER_S)) + 1)]
-    first = next((k for k, bandwidth in enumerate(grid) if gains(bandwidth)), None)
+    # From below, by a factor of ten, then closer: a scheme that spares waiting but not bytes gains on fast links only.
+    grid = [LEAST_BYTES_PER_S * 10**k for k in range(round(math.log10(MOST_BYTES_PER_S / LEAST_BYTES_PER_S)) + 1)]
+    first = next((k for k, bandwidth in enumerate(grid) if not gains(bandwidth)), None)
     if first is None:
-        return None
-    if first == 0:
         return math.inf
-    low, high = grid[first], grid[first - 1]
+    if first == 0:
+        return None
+    low, high = grid[first - 1], grid[first]
     for _ in range(12):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if gains(middle) else (low, middle)

@@ -18,6 +18,9 @@ __all__ = ["Comparison", "compare", "draw"]
 
 BASELINES = ("fp32", "bf16")
 
+WORTH_PERCENT = 1.0
+"""Of a step: who gains less has no reason to send less than the whole gradient."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -55,8 +58,8 @@ class Comparison:
 
     def table(self) -> str:
         """Return a table for people."""
-        head = ("scheme", "sent", "received", "x fp32", "x bf16", "exchange", "hidden", "exposed", "step", "speed-up")
-        lines = [[*head, "pays below"]]
+        head = ["scheme", "sent", "received", "off a node", "x fp32", "x bf16"]
+        lines = [[*head, "exchange", "hidden", "exposed", "step", "speed-up", "pays below"]]
         for row, step, even in zip(self.rows(), self.steps, self.break_even, strict=True):
             times = (format_seconds(row[f"{name}_s"]) for name in ("exchange", "hidden", "exposed", "step"))
             lines.append(
@@ -64,6 +67,7 @@ class Comparison:
                     row["scheme"],
                     format_bytes(row["sent_bytes"]),
                     format_bytes(row["received_bytes"]),
+                    format_bytes(row["node_bytes"]),
                     f"{row['ratio_to_fp32']:.4g}",
                     f"{row['ratio_to_bf16']:.4g}",
                     *times,
@@ -90,6 +94,8 @@ class Comparison:
         if compressed and best is compressed[0]:
             rival = min(self.baselines, key=lambda each: each.step_s)
             gain = 100 * (rival.step_s / best.step_s - 1)
+            if gain < WORTH_PERCENT:
+                return f"do not compress: {best.scheme} is faster than {rival.scheme} by {gain:.2g} % only"
             return f"fastest here: {best.scheme}, by {gain:.3g} % over {rival.scheme}"
         if not compressed:
             runner_up = next((each for each in ranked if each is not best), best)
@@ -170,15 +176,17 @@ def draw(steps: Sequence[Step], path: str | Path) -> None:
     for step in steps:
         label = step.scheme.label
         left.plot([8 * b / 1e9 for b in bandwidths], [step.on(b).step_s for b in bandwidths], label=label)
-        times = [_at_workers(step, count).on().step_s for count in workers]
+        times = [_at_workers(step, count) for count in workers]
         right.plot(workers, times, marker="o", markersize=3, label=label)
     left.axvline(8 * centre / 1e9, color="#999999", linewidth=0.8)
     left.set_xlabel("bandwidth of a node's link, Gbit/s (log scale)")
     right.set_xlabel("workers (log scale)")
     for axes in (left, right):
+        low, high = axes.dataLim.y0, axes.dataLim.y1
+        scale = "log" if low > 0 and high > 4 * low else "linear"  # a narrow log scale has no ticks to read
         axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_ylabel("step, s (log scale)")
+        axes.set_yscale(scale)
+        axes.set_ylabel(f"step, s ({scale} scale)")
         axes.grid(visible=True, color="#e4e4e4")
     right.set_xscale("log", base=2)
     left.legend(fontsize=8)
@@ -190,26 +198,31 @@ def draw(steps: Sequence[Step], path: str | Path) -> None:
 
 
 def _worker_counts(num_workers: int, per_node: int) -> list[int]:
-    """Return node by node, doubling, from one node past the number asked for."""
+    """Return whole nodes, doubling, to the number asked for, and to 32 nodes at least."""
+    most = max(num_workers, 32 * per_node)
     counts = [per_node]
-    while counts[-1] < max(num_workers, 2 * per_node):
-        counts.append(min(2 * counts[-1], max(num_workers, 2 * per_node)))
+    while counts[-1] < most:
+        counts.append(min(2 * counts[-1], most))
     return [count for count in counts if count > 1]
 
 
-def _at_workers(step: Step, num_workers: int) -> Step:
-    """Return the same step on another number of workers."""
+def _at_workers(step: Step, num_workers: int) -> float:
+    """Return the time of the same step on another number of workers; NaN where a budget is too small for them."""
     machine = step.cluster.workers_per_machine
     cluster = replace(
         step.cluster,
         num_workers=num_workers,
         workers_per_machine=None if machine is None else min(machine, num_workers),
     )
-    return Step(
-        step.model,
-        cluster,
-        step.scheme,
-        compute_s=step.compute_s,
-        profile=step.profile,
-        bucket_mb=step.bucket_mb,
-    )
+    try:
+        moved = Step(
+            step.model,
+            cluster,
+            step.scheme,
+            compute_s=step.compute_s,
+            profile=step.profile,
+            bucket_mb=step.bucket_mb,
+        )
+    except ValueError:
+        return math.nan
+    return moved.on().step_s

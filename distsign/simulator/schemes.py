@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from distsign.layout import Shape
+from distsign.layout import IntArray, Shape
 from distsign.payload import density_for
 from distsign.plan import COALESCE_BYTES, Part, exchange_groups, part_of
 from distsign.simulator.cluster import Cluster
@@ -98,6 +98,12 @@ class Plan:
     bytes_of_rank: Callable[[int], ExchangeBytes]
     total_bytes: float
 
+    @property
+    def node_bytes(self) -> float:
+        """Bytes that leave a node, of all its ranks together."""
+        stages = (stage for job in self.jobs for stage in job.stages)
+        return sum(each.rounds * each.between_bytes for each in stages if isinstance(each, Collective))
+
 
 def ring_all_reduce(kind: str, num_elements: int, bytes_per_element: int, cluster: Cluster) -> Collective:
     """Return an all-reduce: reduce-scatter and all-gather in a ring that enters and leaves each node once.
@@ -120,14 +126,21 @@ def _ring(kind: str, rounds: int, sent_bytes: float, cluster: Cluster) -> Collec
     return Collective(kind, rounds, between, within, sent_bytes, rounds)
 
 
-def _all_to_all(sent: ExchangeBytes, received: ExchangeBytes, cluster: Cluster) -> Collective:
-    """Return an all-to-all of all ranks, in which each sends alike to all others; the larger direction decides."""
-    others = cluster.num_workers - 1
-    away = cluster.num_workers - cluster.workers_per_node
-    total = max(sent.sent_bytes, received.received_bytes)
-    share = away / others if others else 0.0
-    between, within = total * share * cluster.workers_per_node, total * (1 - share)
-    return Collective("all_to_all", 1 if others else 0, between, within, total, others)
+def _all_to_all(sizes: IntArray, cluster: Cluster) -> Collective:
+    """Return one phase of a vote: each rank sends `sizes[k]` bytes to rank k, or as many of its own to all others.
+
+    Both directions have the same messages, the other way round; the busiest rank, and the busiest node, decide.
+    """
+    per_node = cluster.workers_per_node
+    others, away = cluster.num_workers - 1, cluster.num_workers - per_node
+    if not others:
+        return Collective("all_to_all", 0, 0.0, 0.0, 0.0, 0)
+    nodes = sizes.reshape(-1, per_node)
+    of_node = nodes.sum(1)
+    between = max((per_node * (sizes.sum() - of_node)).max(), (away * of_node).max())
+    within = max((of_node[:, None] - nodes).max(), (per_node - 1) * sizes.max())
+    sent = max(sizes.sum() - sizes.min(), others * sizes.max())
+    return Collective("all_to_all", 1, float(between), float(within), float(sent), others)
 
 
 # ------------------------------------------------------------------------------------------------------------- schemes
@@ -338,12 +351,7 @@ def _vote_collectives(messages: GroupMessages, cluster: Cluster) -> list[Collect
     others = cluster.num_workers - 1
     if messages.exchange == "all_gather":
         return [_ring("all_gather", others, float(others * sizes.sum()), cluster)]
-    found = []
-    # One direction is all payloads but one's own, the other one's own to all: the busiest rank is slowed by either.
-    for each in (sizes, back):
-        most = float(max(each.sum() - each.min(), others * each.max())) if others else 0.0
-        found.append(_all_to_all(ExchangeBytes(int(most), 0), ExchangeBytes(0, int(most)), cluster))
-    return found
+    return [_all_to_all(sizes, cluster), _all_to_all(back, cluster)]
 
 
 def _node_collectives(messages: GroupMessages, cluster: Cluster) -> tuple[Collective, ...]:
