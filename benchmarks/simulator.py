@@ -110,7 +110,7 @@ SETTINGS = (
     Setting(4, "500mbit", "12 x 1024", ranks_per_node=2),
     Setting(8, "200mbit", "gpt x 3", ranks_per_node=4),
 )
-QUICK = (Setting(2, "10gbit", "lenet x 4"),)
+QUICK = (Setting(2, "10gbit", "lenet x 4"), Setting(4, "10gbit", "lenet x 4", ranks_per_node=2))
 
 TABLE = (
     Column("setting", "ranks/per node, link, model"),
