@@ -37,15 +37,18 @@ class RanksFailed(RuntimeError):
     """Ranks failed or were too slow; the message says what they wrote."""
 
 
-def run_on_ranks(job: str, settings: dict[str, Any], *, num_ranks: int, rate: str, deadline_s: float) -> list[Any]:
+def run_on_ranks(
+    job: str, settings: dict[str, Any], *, num_ranks: int, rate: str, deadline_s: float, ranks_per_node: int = 1
+) -> list[Any]:
     """Run a function on ranks.
 
     Args:
         job: `module:function`; it gets the settings, and returns what JSON can hold.
         settings: what JSON can hold.
-        num_ranks: one on each node.
+        num_ranks: in all.
         rate: of each link, as the lab takes it: `1gbit`, or `none` for links that are not shaped; or `loopback`.
         deadline_s: seconds after which the ranks are ended.
+        ranks_per_node: that share a node's link, and reach each other past it; on loopback there are no nodes.
 
     Returns:
         What each rank returned. Rank 0's output has been passed on.
@@ -61,8 +64,8 @@ def run_on_ranks(job: str, settings: dict[str, Any], *, num_ranks: int, rate: st
                 started = _start_on_loopback(command, num_ranks)
                 started.wait(deadline_s)
             else:
-                with Lab(num_ranks, rate, prefix="distsign-bench") as lab:
-                    started = lab.start(command, cwd=REPOSITORY, output="rank0")
+                with Lab(num_ranks // ranks_per_node, rate, prefix="distsign-bench") as lab:
+                    started = lab.start(command, ranks_per_node=ranks_per_node, cwd=REPOSITORY, output="rank0")
                     started.wait(deadline_s)
         except LabTimeout as error:
             raise RanksFailed(str(error)) from error

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from benchmarks import ranks
 from benchmarks.common import Column, Report, Row, parser, ratio, summary
-from benchmarks.step_schemes import BF16, FP32, NO_OP, POWER_SGD, SCHEMES, Trainer, scheme, settings_of
+from benchmarks.step_schemes import BF16, FP32, NO_OP, POWER_SGD, SCHEMES, Trainer, linear_layers, scheme, settings_of
 
 MIN_STEPS = 2
 
@@ -59,7 +59,7 @@ def measure(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _measure_scheme(name: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
     """Add the steps of one scheme in one pass."""
-    trainer = Trainer(scheme(name), **settings["trainer"])
+    trainer = Trainer(scheme(name), linear_layers(**settings["trainer"]))
     dist.barrier()
     trainer.step()  # compiles, makes groups, and lets DDP rebuild its buckets
     estimate_ms = ranks.largest(ranks.timed_together(trainer.step))
@@ -85,7 +85,7 @@ def profile(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
     found: dict[str, dict[str, Any]] = {}
     for name in settings["schemes"]:
-        trainer = Trainer(scheme(name), **settings["trainer"])
+        trainer = Trainer(scheme(name), linear_layers(**settings["trainer"]))
         begin = time.perf_counter()
         for _ in range(MIN_STEPS + 1):
             trainer.step()

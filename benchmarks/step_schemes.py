@@ -1,7 +1,7 @@
 """The schemes whose whole steps are timed: hooks and optimizers, most of them named as `launch.train` names them."""
 
 # Annotations are evaluated in this file: DDP compares those of a hook with the classes themselves.
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as power_s
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from distsign.traffic import power_sgd_elements, top_k_slots
+from launch.models import ByteGPT, LeNet
 from launch.options import parse_options
 from launch.schemes import HOOKS, AllReduce, Combiner, make_optimizer
 
@@ -34,12 +36,14 @@ class Scheme:
         arguments: optimizer and hook, as on the command line of `launch.train`.
         power_rank: of PowerSGD's matrices, in place of that hook; None for another scheme.
         communicates: False for the hook that does nothing.
+        top_k: share of the components that travel, largest first; None for another scheme.
     """
 
     name: str
     arguments: tuple[str, ...]
     power_rank: int | None = None
     communicates: bool = True
+    top_k: float | None = None
 
     @property
     def is_vote(self) -> bool:
@@ -60,9 +64,67 @@ SCHEMES = (
 )
 
 
+MORE_SCHEMES = (
+    Scheme("top-k 0.1 %", SGD, top_k=0.001),
+    Scheme("vote, RMS, 0.1 bit, hierarchical", (*RMS, "--bits-per-param", "0.1", "--exchange", "hierarchical")),
+)
+"""What `benchmarks.simulator` has beside them."""
+
+
 def scheme(name: str) -> Scheme:
     """Return a scheme by its name."""
-    return next(each for each in SCHEMES if each.name == name)
+    return next(each for each in (*SCHEMES, *MORE_SCHEMES) if each.name == name)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and its batches.
+
+    Args:
+        make: the model.
+        batch: inputs and targets, from a generator.
+        loss: of outputs and targets.
+    """
+
+    make: Callable[[], nn.Module]
+    batch: Callable[[torch.Generator], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+
+def linear_layers(num_layers: int, width: int, batch_size: int) -> Workload:
+    """Return linear layers without anything between them, on normal numbers."""
+
+    def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        inputs, wanted = (torch.randn(batch_size, width, generator=generator) for _ in range(2))
+        return inputs, wanted
+
+    def make() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(width, width) for _ in range(num_layers)))
+
+    return Workload(make, batch, nn.functional.mse_loss)
+
+
+def lenet(width: int, batch_size: int) -> Workload:
+    """Return the LeNet of the tasks, on noise."""
+
+    def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        images = torch.randn(batch_size, 28, 28, generator=generator)
+        return images, torch.randint(10, (batch_size,), generator=generator)
+
+    return Workload(lambda: LeNet(width), batch, nn.functional.cross_entropy)
+
+
+def byte_gpt(width: int, batch_size: int) -> Workload:
+    """Return the byte-level GPT of the tasks, on noise."""
+
+    def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(256, (batch_size, 65), generator=generator)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def loss(logits: Tensor, wanted: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+
+    return Workload(lambda: ByteGPT(64, width), batch, loss)
 
 
 class Trainer:
@@ -70,14 +132,12 @@ class Trainer:
 
     Args:
         scheme: see `SCHEMES`.
-        num_layers: linear layers without anything between them.
-        width: their inputs and outputs.
-        batch_size: rows of a batch.
+        workload: what is trained.
     """
 
-    def __init__(self, scheme: Scheme, *, num_layers: int, width: int, batch_size: int) -> None:
+    def __init__(self, scheme: Scheme, workload: Workload) -> None:
         torch.manual_seed(0)
-        net = nn.Sequential(*(nn.Linear(width, width) for _ in range(num_layers)))
+        net = workload.make()
         # PowerSGD's hook with several buckets starts collectives in a callback, and hangs on Gloo.
         bucket_mb = BUCKET_MB if scheme.power_rank is None else ONE_BUCKET_MB
         # Alike on all ranks as it is; to send the parameters over a slow link would take longer than to measure.
@@ -86,6 +146,8 @@ class Trainer:
         self.combiner: Combiner
         if scheme.power_rank is not None:
             self.combiner = _register_power_sgd(self.model, scheme.power_rank)
+        elif scheme.top_k is not None:
+            self.combiner = _register_top_k(self.model, scheme.top_k)
         elif not scheme.communicates:
             self.model.register_comm_hook(None, _no_op_hook)
             self.combiner = AllReduce(0, 4, dist.get_world_size())
@@ -94,14 +156,17 @@ class Trainer:
         self.optimizer: Optimizer = make_optimizer(self.model, options, self.combiner)
         self.num_steps = 0
         self._random = torch.Generator().manual_seed(1 + dist.get_rank())
-        self._batch_shape = (batch_size, width)
+        self._workload = workload
+
+    def compute(self) -> None:
+        """Go forward and backward on new data."""
+        inputs, wanted = self._workload.batch(self._random)
+        self.optimizer.zero_grad()
+        self._workload.loss(self.model(inputs), wanted).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
         """Take a step on new data."""
-        inputs, wanted = (torch.randn(self._batch_shape, generator=self._random) for _ in range(2))
-        self.optimizer.zero_grad()
-        loss = nn.functional.mse_loss(self.model(inputs), wanted)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.compute()
         self.optimizer.step()
         self.num_steps += 1
 
@@ -125,12 +190,33 @@ def _register_power_sgd(model: DistributedDataParallel, rank: int) -> Combiner:
     state.iter = 2
     model.register_comm_hook(state, power_sgd.powerSGD_hook)
     shapes = [p.shape for p in model.parameters()]
-    return AllReduce(_power_sgd_elements(shapes, rank), 4, dist.get_world_size())
+    return AllReduce(sum(power_sgd_elements(shapes, rank)), 4, dist.get_world_size())
 
 
-def _power_sgd_elements(shapes: Sequence[torch.Size], rank: int) -> int:
-    """Return how many float32 the hook reduces in a step: P and Q of each matrix, vectors as they are."""
-    return sum(rank * sum(shape) if len(shape) == 2 else shape.numel() for shape in shapes)
+def _register_top_k(model: DistributedDataParallel, density: float) -> Combiner:
+    def hook(state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        del state
+        gradient = bucket.buffer()
+        slots, world_size = top_k_slots(gradient.numel(), density), dist.get_world_size()
+        where = gradient.abs().topk(slots, sorted=False).indices
+        sent = torch.cat([gradient[where].view(torch.uint8), where.int().view(torch.uint8)])
+        received = torch.empty(world_size * sent.numel(), dtype=torch.uint8)
+        # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        work = gather(received, sent, async_op=True)
+
+        def scatter(done: object) -> Tensor:
+            del done
+            gradient.zero_()
+            for row in received.view(world_size, -1):
+                values, places = (part.clone() for part in row.split(4 * slots))
+                gradient.index_add_(0, places.view(torch.int32), values.view(torch.float32), alpha=1 / world_size)
+            return gradient
+
+        return work.get_future().then(scatter)  # type: ignore[no-any-return]
+
+    model.register_comm_hook(None, hook)
+    return AllReduce(0, 4, dist.get_world_size())
 
 
 def settings_of(num_layers: int, width: int, batch_size: int) -> dict[str, Any]:

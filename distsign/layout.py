@@ -17,7 +17,7 @@ import numpy.typing as npt
 from distsign.kernels.spans import Spans, plane_bytes
 from distsign.wire.header import HEADER_BYTES
 
-__all__ = ["IntArray", "Layout", "Shape", "shards"]
+__all__ = ["IntArray", "Layout", "Shape", "shard_table", "shards"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -59,6 +59,31 @@ def shards(shape: Shape, world_size: int) -> list[tuple[int, int, int]]:
         return [(shape.index % world_size, 0, n)]
     cuts = [k * n // world_size // _ALIGN * _ALIGN for k in range(world_size)] + [n]
     return [(k, cuts[k], cuts[k + 1]) for k in range(world_size)]
+
+
+def shard_table(shapes: Sequence[Shape], world_size: int) -> tuple[IntArray, IntArray]:
+    """Return owner and length of all pieces of these parameters: what `shards` says, fast for thousands of owners.
+
+    Args:
+        shapes: the parameters.
+        world_size: number of owners.
+
+    Returns:
+        `(owners, lengths)`, int64 `[num_pieces]`; the pieces of small parameters come first.
+
+    Example:
+        >>> owners, lengths = shard_table([Shape(0, 4000), Shape(5, 10)], world_size=4)
+        >>> owners.tolist(), lengths.tolist()
+        ([1, 0, 1, 2, 3], [10, 992, 992, 992, 1024])
+    """
+    index = np.asarray([shape.index for shape in shapes], dtype=np.int64)
+    length = np.asarray([shape.num_elements for shape in shapes], dtype=np.int64)
+    small = (length < max(_SMALL_ELEMENTS, _SMALL_SHARD * world_size)) | (world_size == 1)
+    whole = length[~small]
+    cuts = np.arange(world_size + 1, dtype=np.int64) * whole[:, None] // world_size // _ALIGN * _ALIGN
+    cuts[:, -1] = whole
+    owners = np.concatenate([index[small] % world_size, np.tile(np.arange(world_size), whole.size)])
+    return owners, np.concatenate([length[small], np.diff(cuts, axis=1).ravel()])
 
 
 @dataclass(frozen=True, eq=False)

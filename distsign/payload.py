@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from distsign.kernels import Kernels
-from distsign.layout import IntArray, Layout, Shape
+from distsign.layout import IntArray, Layout, Shape, shard_table
 from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header
 from distsign.wire.sparse import SparseCode
 
-__all__ = ["Form", "Opened", "caps_at", "density_for", "forms"]
+__all__ = ["Form", "Opened", "caps_at", "density_for", "forms", "payload_sizes"]
 
 _BYTE = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
@@ -291,6 +291,53 @@ def _unpack_bits(packed: Tensor, num_bits: int) -> Tensor:
     return bits.flatten(1)[:, :num_bits]
 
 
+def payload_sizes(
+    shapes: Sequence[Shape],
+    world_size: int,
+    density: float | None,
+    wire: str = "auto",
+    *,
+    voters: int = 1,
+    num_raw: int = 0,
+) -> IntArray:
+    """Return the bytes of each owner's payload, int64 `[world_size]`: what `Form.sizes` says, without the layout.
+
+    Args:
+        shapes: the parameters of one exchange group.
+        world_size: number of owners.
+        density: share of the components that payloads have slots for; None without a cap, planes.
+        wire: `"planes"`, `"sparse"` or `"auto"`, with a density.
+        voters: for how many voters' ballots there are slots, see `caps_at`.
+        num_raw: components that are averaged.
+
+    Example:
+        >>> payload_sizes([Shape(0, 4096), Shape(1, 10)], world_size=4, density=None).tolist()
+        [264, 268, 264, 264]
+    """
+    return _sizes(*shard_table(shapes, world_size), world_size, density, wire, voters, num_raw)
+
+
+def _sizes(
+    owners: IntArray, lengths: IntArray, world_size: int, density: float | None, wire: str, voters: int, num_raw: int
+) -> IntArray:
+    def per_owner(values: IntArray) -> IntArray:
+        return np.bincount(owners, weights=values, minlength=world_size).astype(np.int64)
+
+    planes = per_owner((lengths + 7) // 8)
+    raw = 4 * np.diff(np.arange(world_size + 1, dtype=np.int64) * num_raw // world_size)
+    body, census = 2 * planes, np.zeros_like(planes)
+    if density is not None:
+        census = (per_owner(np.ones_like(lengths)) + 7) // 8
+        slots = per_owner(caps_at(density, lengths, voters))
+        # Thousands of owners have few different shares.
+        pairs = list(zip(planes.tolist(), slots.tolist(), strict=True))
+        codes = {pair: SparseCode(8 * pair[0], pair[1]).num_bytes for pair in set(pairs)}
+        coded = np.asarray([codes[pair] for pair in pairs], dtype=np.int64)
+        body = {"planes": body, "sparse": coded, "auto": np.minimum(body, coded)}[wire]
+    sizes: IntArray = HEADER_BYTES + census + body + raw
+    return sizes
+
+
 def density_for(bits_per_param: float, shapes: Sequence[Shape], world_size: int, coalesce_bytes: int) -> float:
     """Return the density at which the payloads of a whole model fill a budget.
 
@@ -303,17 +350,17 @@ def density_for(bits_per_param: float, shapes: Sequence[Shape], world_size: int,
     Raises:
         ValueError: if even one vote a piece costs more, or if planes would cost less than the budget.
     """
-    layout = Layout.build([shapes], world_size)
-    num_elements = max(1, layout.num_elements)
-    budget_bytes = int(bits_per_param * layout.num_elements / 8)
+    owners, lengths = shard_table(shapes, world_size)
+    total = int(lengths.sum())
+    num_elements = max(1, total)
+    budget_bytes = int(bits_per_param * total / 8)
     num_groups = max(1, budget_bytes // coalesce_bytes)
     budget_bytes -= (num_groups - 1) * world_size * (HEADER_BYTES + 4)
 
     def size(density: float) -> int:
-        caps = caps_at(density, layout.all_pieces.length)
-        return Form.build(layout, verdict=False, caps=caps, wire="sparse").buffer_bytes
+        return int(_sizes(owners, lengths, world_size, density, "sparse", 1, 0).sum())
 
-    planes = layout.buffer_bytes * 8 / num_elements
+    planes = 8 * int(_sizes(owners, lengths, world_size, None, "planes", 1, 0).sum()) / num_elements
     if bits_per_param > planes:
         raise ValueError(
             f"bits_per_param={bits_per_param:g} is more than the {planes:.4g} bits of two whole planes: leave it out"

@@ -25,16 +25,13 @@ from distsign.layout import Shape
 from distsign.options import VoteOptions
 from distsign.owner import Owner, Piece, make_owner
 from distsign.payload import density_for
-from distsign.plan import Column, Part, Plan, part_of
+from distsign.plan import COALESCE_BYTES, Column, Part, Plan, fills_group, part_of
 from distsign.registry import ParameterRegistry, VoteError
 from distsign.statistics import VoteCounts
 from distsign.steering import DensityLadder, Steering
 from distsign.voter import Voter, rotating_starts
 
 __all__ = ["VotePipeline"]
-
-_COALESCE_BYTES = 64 * 1024
-"""Buckets whose payloads are smaller travel together: twelve small exchanges cost about 50 ms more than one."""
 
 _MAX_PLANS = 64
 """Plans that are kept; a density that moves makes new ones."""
@@ -109,7 +106,7 @@ class VotePipeline:
             # The first column's share stands for all: they differ by a few components.
             parts = [part_of(self._part(row), 0, self.options.ranks_per_node) for row in range(len(self._registry))]
             shapes = [Shape(part.row, part.length) for part in parts if part.voted]
-            self._density = density_for(self.options.bits_per_param, shapes, exchange.num_voters, _COALESCE_BYTES)
+            self._density = density_for(self.options.bits_per_param, shapes, exchange.num_voters, COALESCE_BYTES)
 
     def _new_owner(self, num_voters: int) -> Owner:
         options = self.options
@@ -132,14 +129,10 @@ class VotePipeline:
         if self.options.l2:
             self._add_l2(bucket, scale)
         self._group.append(_Bucket(gradient, rows, future))
-        if self._payload_bytes() >= _COALESCE_BYTES or bucket.is_last():
+        waiting = sum(each.gradient.numel() for each in self._group)
+        if bucket.is_last() or fills_group(waiting, self.options.bits_per_param):
             self._flush(scale, is_last=bucket.is_last())
         return future
-
-    def _payload_bytes(self) -> float:
-        """Return about how long the payloads of the waiting buckets are."""
-        bits = 2.0 if self.options.bits_per_param is None else self.options.bits_per_param
-        return sum(waiting.gradient.numel() for waiting in self._group) * bits / 8
 
     def _begin_step(self) -> None:
         # Something is left here only after a step that broke off, and its other half is lost.

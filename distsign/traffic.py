@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from distsign.layout import Layout, Shape
-from distsign.payload import forms
+import numpy as np
 
-__all__ = ["ExchangeBytes", "Traffic", "exchange_bytes", "ring_all_reduce_bytes", "step_bytes"]
+from distsign.layout import IntArray, Shape
+from distsign.payload import payload_sizes
+from distsign.plan import Part, part_of
+
+__all__ = [
+    "ExchangeBytes",
+    "GroupMessages",
+    "Traffic",
+    "all_gather_bytes",
+    "exchange_bytes",
+    "power_sgd_elements",
+    "ring_all_reduce_bytes",
+    "step_bytes",
+    "top_k_slots",
+]
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,130 @@ def exchange_bytes(
     )
 
 
+def top_k_slots(num_elements: int, density: float) -> int:
+    """Return how many components of a bucket a top-k scheme sends, each as a float32 and an int32.
+
+    Example:
+        >>> top_k_slots(1000, 0.0015)
+        2
+    """
+    return min(num_elements, max(1, math.ceil(density * num_elements)))
+
+
+def all_gather_bytes(num_bytes: int, world_size: int) -> ExchangeBytes:
+    """Return what one rank sends and receives where all ranks get the same number of bytes of each.
+
+    Example:
+        >>> all_gather_bytes(8 * top_k_slots(1000, 0.01), world_size=4).sent_bytes
+        240
+    """
+    return ExchangeBytes((world_size - 1) * num_bytes, (world_size - 1) * num_bytes)
+
+
+def power_sgd_elements(
+    shapes: Iterable[Sequence[int]], rank: int, min_compression_rate: float = 2.0
+) -> tuple[int, int, int]:
+    """Return how many float32 torch's PowerSGD hook reduces of these parameters, in its three all-reduces.
+
+    Args:
+        shapes: of the parameters of one bucket.
+        rank: of the approximation, as `matrix_approximation_rank`.
+        min_compression_rate: matrices that would shrink by less are reduced as they are, like vectors.
+
+    Returns:
+        `(whole, p, q)`: elements that are not compressed, and those of the two factors of all the others.
+
+    Example:
+        >>> power_sgd_elements([(1024, 512), (1024,)], rank=2)
+        (1024, 2048, 1024)
+    """
+    whole = p = q = 0
+    for shape in shapes:
+        num_elements = math.prod(shape)
+        rows = shape[0] if shape else 1
+        columns = num_elements // rows if rows else 0
+        least = min(rank, rows, columns)
+        if len(shape) >= 2 and (rows + columns) * least * min_compression_rate < num_elements:
+            p, q = p + rows * least, q + columns * least
+        else:
+            whole += num_elements
+    return whole, p, q
+
+
+@dataclass(frozen=True, eq=False)
+class GroupMessages:
+    """What is on the wire for one exchange group of a vote. A column is the ranks of one number in all nodes.
+
+    Attributes:
+        exchange: `"two_phase"` or `"all_gather"`, among the voters of a column.
+        gradient_bytes: int64 `[ranks_per_node]`, of each column's share of the gradient, averaged within the node.
+        ballots: int64 `[ranks_per_node, num_voters]`, bytes of the payload of ballots to each owner.
+        verdicts: likewise of the verdicts.
+    """
+
+    exchange: str
+    gradient_bytes: IntArray
+    ballots: IntArray
+    verdicts: IntArray
+
+    @classmethod
+    def build(
+        cls,
+        group: Sequence[Shape],
+        world_size: int,
+        exchange: str = "two_phase",
+        *,
+        density: float | None = None,
+        wire: str = "auto",
+        owner_carry: bool = True,
+        ranks_per_node: int = 1,
+        bytes_per_element: int = 4,
+    ) -> GroupMessages:
+        """See `step_bytes` for the arguments; `group` are the parameters of one exchange group."""
+        num_voters = world_size // ranks_per_node
+        elements, ballots, verdicts = [], [], []
+        for column in range(ranks_per_node):
+            parts = [part_of(Part(s.index, s.num_elements, voted=True), column, ranks_per_node) for s in group]
+            shapes = [Shape(part.row, part.length) for part in parts if part.length or ranks_per_node == 1]
+            elements.append(sum(shape.num_elements for shape in shapes))
+            ballots.append(payload_sizes(shapes, num_voters, density, wire))
+            # As in `payload.forms`: without a carry at the owner nothing may be left behind there.
+            back = ballots[-1]
+            if density is not None and not owner_carry:
+                back = payload_sizes(shapes, num_voters, density, wire, voters=num_voters)
+            verdicts.append(back)
+        return cls(
+            "two_phase" if exchange == "hierarchical" else exchange,
+            bytes_per_element * np.asarray(elements, dtype=np.int64),
+            np.stack(ballots),
+            np.stack(verdicts),
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that all ranks send together, which are those that they receive."""
+        per_node, num_voters = self.ballots.shape
+        payloads = self.ballots.sum() + self.verdicts.sum()
+        if self.exchange == "all_gather":
+            payloads = num_voters * self.ballots.sum()
+        between = (num_voters - 1) * payloads
+        within = num_voters * (per_node - 1) * (self.gradient_bytes.sum() + self.verdicts.sum())
+        return int(between + within)
+
+    def of_rank(self, rank: int) -> ExchangeBytes:
+        """Return what one rank sends and receives."""
+        per_node = self.gradient_bytes.size
+        node, column = divmod(rank, per_node)
+        sizes, back = self.ballots[column].tolist(), self.verdicts[column].tolist()
+        between = exchange_bytes(sizes, node, self.exchange, back)
+        if per_node == 1:
+            return between
+        own, all_back = int(self.gradient_bytes[column]), int(self.verdicts.sum())
+        sent = int(self.gradient_bytes.sum()) - own + (per_node - 1) * sum(back)
+        received = (per_node - 1) * own + all_back - sum(back)
+        return between + ExchangeBytes(sent, received, sent, received)
+
+
 def step_bytes(
     groups: Sequence[Sequence[Shape]],
     world_size: int,
@@ -111,6 +249,8 @@ def step_bytes(
     density: float | None = None,
     wire: str = "auto",
     owner_carry: bool = True,
+    ranks_per_node: int = 1,
+    bytes_per_element: int = 4,
 ) -> ExchangeBytes:
     """Return what one rank sends and receives in one training step.
 
@@ -118,10 +258,12 @@ def step_bytes(
         groups: the parameters of each exchange group.
         world_size: number of ranks.
         rank: the rank in question.
-        exchange: `"two_phase"` or `"all_gather"`.
+        exchange: `"two_phase"`, `"all_gather"` or `"hierarchical"`.
         density: share of the components that payloads have slots for; None without a cap, planes.
         wire: `"planes"`, `"sparse"` or `"auto"`, with a density.
         owner_carry: whether owners keep what does not fit; else verdicts have slots for the ballots of all.
+        ranks_per_node: consecutive ranks that average before they vote, in the hierarchical exchange.
+        bytes_per_element: of the gradients that are averaged there.
 
     Example:
         >>> step_bytes([[Shape(0, 4096), Shape(1, 10)]], world_size=4, rank=0).sent_bytes
@@ -131,6 +273,15 @@ def step_bytes(
     """
     total = ExchangeBytes()
     for group in groups:
-        ballots, verdicts = forms(Layout.build([group], world_size), density, wire, owner_carry=owner_carry)
-        total += exchange_bytes(ballots.sizes, rank, exchange, verdicts.sizes)
+        messages = GroupMessages.build(
+            group,
+            world_size,
+            exchange,
+            density=density,
+            wire=wire,
+            owner_carry=owner_carry,
+            ranks_per_node=ranks_per_node,
+            bytes_per_element=bytes_per_element,
+        )
+        total += messages.of_rank(rank)
     return total

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import codec, cuda, scaling, step
+from benchmarks import codec, cuda, scaling, simulator, step
 from benchmarks.common import Column, Contender, Report, format_table, interleaved, ratio, summary
 from benchmarks.ranks import slowest
 from benchmarks.step_schemes import FP32, NO_OP, SCHEMES
@@ -128,6 +128,24 @@ def test_flatness_takes_the_factor_out() -> None:
     scaling.add_flatness(rows)
     assert [row["flatness"] for row in rows] == pytest.approx([1, 1, 1])
     assert rows[0]["interface_flatness"] is None
+
+
+def test_the_simulator_is_held_to_the_fastest_measured() -> None:
+    rows: list[dict[str, Any]] = [
+        {"setting": "s", "name": "fp32", "predicted_ms": 10.0, "ms": 8.0, "error": 0.25},
+        {"setting": "s", "name": "planes", "predicted_ms": 11.0, "ms": 8.8, "error": 0.25},
+        {"setting": "s", "name": "bf16", "predicted_ms": 12.0, "ms": 7.5, "error": -0.2},
+    ]
+    choice = simulator.choice_of(rows)
+    assert (choice["predicted"], choice["measured"]) == ("fp32", "bf16")
+    assert choice["behind"] == pytest.approx(8.0 / 7.5 - 1)
+    assert simulator.mean_error(rows) == pytest.approx(0.25)
+
+
+def test_the_simulator_holds_settings_out_by_its_rule() -> None:
+    assert len({setting.key for setting in simulator.SETTINGS}) == len(simulator.SETTINGS) >= 24
+    assert all(setting.rate != simulator.CALIBRATED_RATE for setting in simulator.SETTINGS)
+    assert {setting.num_ranks for setting in simulator.SETTINGS} >= {2, 3, 4, 6, 8}
 
 
 def test_cuda_says_why_it_measures_nothing(

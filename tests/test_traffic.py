@@ -9,10 +9,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as power_sgd
 
-from distsign.layout import Layout, Shape
+from distsign.layout import Layout, Shape, shard_table, shards
+from distsign.payload import forms, payload_sizes
+from distsign.plan import Part, Plan, exchange_groups
 from distsign.statistics import VoteCounts
-from distsign.traffic import ExchangeBytes, Traffic, exchange_bytes, ring_all_reduce_bytes, step_bytes
+from distsign.traffic import (
+    ExchangeBytes,
+    GroupMessages,
+    Traffic,
+    all_gather_bytes,
+    exchange_bytes,
+    power_sgd_elements,
+    ring_all_reduce_bytes,
+    step_bytes,
+    top_k_slots,
+)
 
 EXCHANGES = ("two_phase", "all_gather")
 
@@ -92,6 +105,93 @@ def test_planes_in_two_phases_are_a_sixteenth_of_fp32() -> None:
     fp32 = ring_all_reduce_bytes(1 << 20, 4, 4)
     ratio = fp32 / (both.sent_bytes + both.received_bytes)
     assert 15.99 < ratio <= 16
+
+
+SHAPES = st.lists(st.integers(0, 9000), min_size=1, max_size=6)
+
+
+@given(SHAPES, st.integers(1, 40))
+def test_the_table_of_shards_has_the_shards(sizes: list[int], world_size: int) -> None:
+    shapes = [Shape(3 * k, n) for k, n in enumerate(sizes)]
+    owners, lengths = shard_table(shapes, world_size)
+    found = sorted(zip(owners.tolist(), lengths.tolist(), strict=True))
+    assert found == sorted((owner, stop - start) for each in shapes for owner, start, stop in shards(each, world_size))
+
+
+@given(
+    SHAPES,
+    st.integers(1, 9),
+    st.sampled_from([None, 0.001, 0.03, 0.4, 1.0]),
+    st.sampled_from(["auto", "planes", "sparse"]),
+    st.booleans(),
+    st.integers(0, 50),
+)
+def test_sizes_without_a_layout_are_those_of_the_payloads(
+    sizes: list[int], world_size: int, density: float | None, wire: str, owner_carry: bool, num_raw: int
+) -> None:
+    shapes = [Shape(k, n) for k, n in enumerate(sizes)]
+    want = forms(Layout.build([shapes], world_size), density, wire, owner_carry=owner_carry, num_raw=num_raw)
+    for form, voters in zip(want, (1, 1 if owner_carry else world_size), strict=True):
+        found = payload_sizes(shapes, world_size, density, wire, voters=voters, num_raw=num_raw)
+        assert tuple(found.tolist()) == form.sizes
+
+
+@given(SHAPES, st.integers(1, 4), st.integers(1, 4), st.sampled_from([None, 0.02]))
+def test_messages_between_and_within_nodes_are_those_of_the_plan(
+    sizes: list[int], num_nodes: int, per_node: int, density: float | None
+) -> None:
+    shapes = [Shape(k, n) for k, n in enumerate(sizes)]
+    parts = [[Part(k, n, voted=True) for k, n in enumerate(sizes)]]
+    plan = Plan.build(
+        parts,
+        [0] * len(sizes),
+        per_node,
+        num_nodes,
+        density=density,
+        wire="auto",
+        owner_carry=True,
+        device=torch.device("cpu"),
+    )
+    world_size = num_nodes * per_node
+    found = GroupMessages.build(shapes, world_size, "hierarchical", density=density, ranks_per_node=per_node)
+    for k, column in enumerate(plan.columns):
+        assert tuple(found.ballots[k].tolist()) == column.ballots.sizes
+        assert tuple(found.verdicts[k].tolist()) == column.verdicts.sizes
+        assert found.gradient_bytes[k] == 4 * column.num_elements
+    each = [found.of_rank(rank) for rank in range(world_size)]
+    assert sum(one.sent_bytes for one in each) == sum(one.received_bytes for one in each) == found.total_bytes
+    within = sum(one.sent_within_bytes for one in each)
+    assert within == sum(one.received_within_bytes for one in each)
+    assert per_node > 1 or within == 0
+
+
+def test_power_sgd_reduces_what_torch_says() -> None:
+    """A matrix that would not shrink by half is reduced as it is; a kernel of a convolution is a matrix of its rows."""
+    shapes = [(100, 50), (100,), (8, 3, 3, 3), (6, 5), ()]
+    assert power_sgd_elements(shapes, 1) == (100 + 1, 100 + 8 + 6, 50 + 27 + 5)
+    assert power_sgd_elements(shapes, 4) == (100 + 216 + 30 + 1, 400, 200)
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 12))
+def test_a_matrix_is_compressed_where_torch_does(rows: int, columns: int, rank: int) -> None:
+    least = min(rows, columns, rank)
+    compressed, whole, _ = power_sgd._should_compress(rows, columns, least, 2)
+    want = (0, rows * least, columns * least) if compressed else (whole, 0, 0)
+    assert power_sgd_elements([(rows, columns)], rank) == want
+
+
+def test_top_k_sends_its_slots_to_all() -> None:
+    assert [top_k_slots(n, 0.01) for n in (0, 1, 100, 101)] == [0, 1, 1, 2]
+    assert all_gather_bytes(16, 5) == ExchangeBytes(64, 64)
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=20), st.sampled_from([None, 0.05, 0.5]))
+def test_groups_are_full_but_for_the_last(elements: list[int], bits: float | None) -> None:
+    groups = exchange_groups(elements, bits)
+    assert [k for group in groups for k in group] == list(range(len(elements)))
+    for group in groups[:-1]:
+        sizes = [elements[k] * (bits or 2.0) / 8 for k in group]
+        assert sum(sizes) >= 65536 > sum(sizes[:-1])
 
 
 def test_exchange_bytes_add_up() -> None:

@@ -1,0 +1,291 @@
+"""Fit a profile to what real ranks take for the collectives and kernels that hooks use.
+
+Every figure is a median. What a collective takes is split by least squares with coefficients that are not negative:
+by call, by message, by byte; once for the clock and once for the processor's time. What the processor does not explain
+is the wire's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distsign.simulator.kernel_probe import POWER_RANK, probes
+from distsign.simulator.probe import Call, Ranks, joined_ranks, num_ranks
+from distsign.simulator.profile import COLLECTIVES, CollectiveCost, KernelCost, Profile
+
+__all__ = ["calibrate", "calibrate_under_torchrun", "fit_collectives", "non_negative_fit"]
+
+_SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 20, 1 << 22)
+_KERNEL_SIZES = (1 << 14, 1 << 17, 1 << 20)
+_LINK_LIMITED = 0.7
+"""Of the nominal bandwidth: below it something else is the limit, and says nothing of the link."""
+
+Array = npt.NDArray[np.float64]
+
+
+def non_negative_fit(features: Array, times_s: Array) -> Array:
+    """Return the coefficients, none below zero, that explain times best, by their relative errors.
+
+    Args:
+        features: `[num_times, num_features]`, few features.
+        times_s: `[num_times]`, above zero.
+
+    Example:
+        >>> features = np.array([[1.0, 0.0], [1.0, 1e6], [1.0, 2e6]])
+        >>> non_negative_fit(features, np.array([0.5, 1.5, 2.5])).round(9).tolist()
+        [0.5, 1e-06]
+    """
+    best, least = np.zeros(features.shape[1]), math.inf
+    weighted = features / times_s[:, None]
+    scale = np.abs(weighted).max(axis=0)
+    scale[scale == 0] = 1.0
+    for size in range(1, features.shape[1] + 1):
+        for chosen in itertools.combinations(range(features.shape[1]), size):
+            columns = list(chosen)
+            part, *_ = np.linalg.lstsq(weighted[:, columns] / scale[columns], np.ones(len(times_s)), rcond=None)
+            if (part < 0).any():
+                continue
+            error = float(np.square(weighted[:, columns] / scale[columns] @ part - 1).sum())
+            if error < least * (1 - 1e-9):
+                least, best = error, np.zeros(features.shape[1])
+                best[columns] = part / scale[columns]
+    return best
+
+
+@dataclass(frozen=True)
+class LinkFit:
+    """What a link was found to be.
+
+    Attributes:
+        bandwidth_bytes_per_s: of payload.
+        latency_s: of a message.
+        is_limit: whether it was the link that kept bytes from being faster, and not the processor.
+        collectives: cost of each on it.
+    """
+
+    bandwidth_bytes_per_s: float
+    latency_s: float
+    is_limit: bool
+    collectives: dict[str, CollectiveCost]
+
+
+def fit_collectives(calls: Sequence[Call], stretch: float, nominal_bytes_per_s: float | None = None) -> LinkFit:
+    """Fit a link and the costs of collectives on it.
+
+    Args:
+        calls: what was timed, of each kind on several sizes.
+        stretch: how many times longer work takes because ranks share cores.
+        nominal_bytes_per_s: what the link is sold as; None where that is not known.
+    """
+    walls, cpus = {}, {}
+    for kind in dict.fromkeys(call.kind for call in calls):
+        mine = [call for call in calls if call.kind == kind]
+        ones = np.ones(len(mine))
+        messages = np.array([call.messages for call in mine], dtype=np.float64)
+        link = np.array([call.link_bytes for call in mine], dtype=np.float64)
+        sent = np.array([call.sent_bytes for call in mine], dtype=np.float64)
+        wall = np.array([max(call.timing.wall_s, 1e-7) for call in mine])
+        cpu = np.array([max(call.timing.cpu_s, 1e-7) for call in mine])
+        walls[kind] = non_negative_fit(np.stack([ones, messages, link], 1), wall)
+        cpus[kind] = non_negative_fit(np.stack([ones, messages, sent], 1), cpu)
+    fastest = min((w[2] for w in walls.values() if w[2] > 0), default=1e-12)
+    bandwidth = 1 / fastest
+    busiest = max(stretch * c[2] for c in cpus.values())
+    is_limit = fastest > 1.2 * min(busiest, stretch * min(c[2] for c in cpus.values()))
+    if nominal_bytes_per_s is not None:
+        is_limit = bandwidth >= _LINK_LIMITED * nominal_bytes_per_s
+    wire = fastest if is_limit else 0.0
+    if not is_limit and nominal_bytes_per_s is not None:
+        wire, bandwidth = 1 / nominal_bytes_per_s, nominal_bytes_per_s
+    delays = {kind: max(0.0, walls[kind][1] - stretch * cpus[kind][1]) for kind in walls}
+    rings = [delay for kind, delay in delays.items() if kind != "all_to_all"]
+    latency = min(rings, default=0.0)
+    found = {}
+    for kind, (call_s, _, byte_s) in walls.items():
+        call_cpu, message_cpu, byte_cpu = cpus[kind]
+        if not is_limit:
+            byte_cpu = max(byte_cpu, byte_s / stretch)  # what the process is not charged for is the kernel's work
+        long, short = max(wire, stretch * byte_cpu), min(wire, stretch * byte_cpu)
+        is_ring = kind != "all_to_all"
+        found[kind] = CollectiveCost(
+            call_s=max(0.0, call_s - stretch * call_cpu - (0.0 if is_ring else latency)),
+            message_s=delays[kind] - (latency if is_ring else 0.0),
+            call_cpu_s=float(call_cpu),
+            message_cpu_s=float(message_cpu),
+            byte_cpu_s=float(byte_cpu),
+            serial=float(np.clip((byte_s - long) / short, 0, 1)) if short > 0 else 0.0,
+        )
+    return LinkFit(float(bandwidth), float(latency), bool(is_limit), found)
+
+
+def calibrate_under_torchrun(
+    *, backend: str | None, nominal_bytes_per_s: float | None, ranks_per_machine: int | None, seconds: float
+) -> Profile | None:
+    """Join the ranks that torchrun has started, and calibrate; see `calibrate`.
+
+    Raises:
+        ValueError: if this process was not started by torchrun, or is the only rank.
+    """
+    return joined_ranks(
+        backend,
+        lambda: calibrate(
+            nominal_bytes_per_s=nominal_bytes_per_s, ranks_per_machine=ranks_per_machine, seconds=seconds
+        ),
+    )
+
+
+def calibrate(
+    *,
+    nominal_bytes_per_s: float | None = None,
+    ranks_per_node: int | None = None,
+    ranks_per_machine: int | None = None,
+    seconds: float = 10.0,
+    repeats: int = 5,
+) -> Profile | None:
+    """Measure links, collectives and kernels on the ranks of the default process group.
+
+    All ranks must call it, on an otherwise quiet machine.
+
+    Args:
+        nominal_bytes_per_s: what the link is sold as; the profile then holds for links of other bandwidths too.
+        ranks_per_node: consecutive ranks that share a link; None: `LOCAL_WORLD_SIZE`.
+        ranks_per_machine: consecutive ranks that share cores; None: `LOCAL_WORLD_SIZE`.
+        seconds: about how long it may take; on slow links, large messages are left out.
+        repeats: of each measurement, of which the median counts.
+
+    Returns:
+        The profile on rank 0, None on the others.
+
+    Raises:
+        ValueError: if the ranks do not divide into nodes.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    per_node, per_machine = ranks_per_node or local, ranks_per_machine or local
+    world_size = num_ranks()
+    for what, count in (("node", per_node), ("machine", per_machine)):
+        if not 1 <= count <= world_size or world_size % count:
+            raise ValueError(f"{count} ranks per {what} do not divide the {world_size} ranks")
+    ranks = Ranks(per_node, per_machine)
+    try:
+        return _calibrate(ranks, nominal_bytes_per_s, seconds, repeats)
+    finally:
+        ranks.close()
+
+
+def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, repeats: int) -> Profile | None:
+    on_cpu = ranks.device.type == "cpu"
+    plan = [(group, kind) for group in ranks.groups for kind in COLLECTIVES]
+    with _progress(len(plan) + len(_KERNEL_SIZES) + 1, ranks.rank) as advance:
+        cores = _cores(ranks, repeats) if on_cpu else math.inf
+        stretch = max(1.0, ranks.per_machine / cores)
+        advance()
+        kernels = _kernels(ranks, stretch, repeats, advance)
+        calls: dict[str, list[Call]] = {group: [] for group in ranks.groups}
+        for group, kind in plan:
+            calls[group] += _calls(ranks, kind, group, 0.6 * seconds / len(plan), repeats)
+            advance()
+    if ranks.rank != 0:
+        return None
+    outer = fit_collectives([*calls["all"], *calls.get("pairs", [])], stretch, nominal_bytes_per_s)
+    inner = fit_collectives(calls["node"], stretch) if "node" in calls else None
+    efficiency = 1.0
+    if nominal_bytes_per_s is not None and outer.is_limit:
+        efficiency = min(1.0, outer.bandwidth_bytes_per_s / nominal_bytes_per_s)
+    return Profile(
+        outer.collectives,
+        kernels,
+        device=ranks.device.type,
+        cores=cores,
+        concurrent=2 if on_cpu else 1,
+        bandwidth_bytes_per_s=outer.bandwidth_bytes_per_s,
+        latency_s=outer.latency_s,
+        efficiency=efficiency,
+        node_bandwidth_bytes_per_s=inner.bandwidth_bytes_per_s if inner else None,
+        node_latency_s=inner.latency_s if inner else 0.0,
+        facts={
+            "ranks": ranks.world_size,
+            "ranks_per_node": ranks.per_node,
+            "ranks_per_machine": ranks.per_machine,
+            "torch": torch.__version__,
+            "link_is_the_limit": outer.is_limit,
+            "when": time.strftime("%Y-%m-%d %H:%M:%S"),
+        },
+    )
+
+
+def _cores(ranks: Ranks, repeats: int) -> float:
+    """Return the cores that the ranks of a machine have together: how much slower they are at once than one alone."""
+    if ranks.per_machine == 1:
+        return math.inf
+    matrix = torch.randn(256, 256)
+
+    def work() -> None:
+        for _ in range(10):
+            torch.mm(matrix, matrix)
+
+    alone = ranks.time(work, 2 * repeats, alone=True).wall_s
+    together = ranks.time(work, 2 * repeats).wall_s
+    return float(min(ranks.per_machine, ranks.per_machine * alone / together))
+
+
+def _kernels(ranks: Ranks, stretch: float, repeats: int, advance: Callable[[], object]) -> dict[str, KernelCost]:
+    seen: dict[str, list[tuple[int, float]]] = {}
+    for size in _KERNEL_SIZES:
+        for probe in probes(size, ranks.world_size, ranks.device):
+            found = ranks.time(probe.run, repeats)
+            seen.setdefault(probe.name, []).append((probe.elements, found.wall_s / stretch))
+        advance()
+    _split_power_sgd(seen)
+    costs = {}
+    for name, points in seen.items():
+        features = np.array([[1.0, elements] for elements, _ in points])
+        call_s, element_s = non_negative_fit(features, np.array([max(s, 1e-8) for _, s in points]))
+        costs[name] = KernelCost(float(call_s), float(element_s))
+    return costs
+
+
+def _split_power_sgd(seen: dict[str, list[tuple[int, float]]]) -> None:
+    """Tell reading a matrix, which a product of any rank does once, from the multiplications."""
+    thin, thick = seen["power_sgd_read"], seen["power_sgd_factor"]
+    multiplied = [max(0.0, many - one) / (1 - 1 / POWER_RANK) for (_, one), (_, many) in zip(thin, thick, strict=True)]
+    seen["power_sgd_factor"] = [(n, seconds) for (n, _), seconds in zip(thick, multiplied, strict=True)]
+    seen["power_sgd_read"] = [
+        (n, max(0.0, one - seconds / POWER_RANK)) for (n, one), seconds in zip(thin, multiplied, strict=True)
+    ]
+
+
+def _calls(ranks: Ranks, kind: str, group: str, budget_s: float, repeats: int) -> list[Call]:
+    """Time one collective on growing sizes, until the next one would take too long."""
+    found: list[Call] = []
+    spent = 0.0
+    for size, after in itertools.pairwise([*_SIZES, 4 * _SIZES[-1]]):
+        call = ranks.call(kind, size, group, repeats)
+        found.append(call)
+        spent += (repeats + 1) * call.timing.wall_s
+        expected_s = (repeats + 1) * call.timing.wall_s * after / size
+        if len(found) >= 3 and ranks.agreed(spent + expected_s) > budget_s:
+            break
+    return found
+
+
+@contextmanager
+def _progress(total: int, rank: int) -> Iterator[Callable[[], object]]:
+    """Show a bar on rank 0, where tqdm is installed; yield what moves it on by one."""
+    if rank == 0 and find_spec("tqdm") is not None:
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc="calibrating", leave=False) as bar:
+            yield bar.update
+    else:
+        yield lambda: None

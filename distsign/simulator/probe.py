@@ -1,0 +1,228 @@
+"""Collectives and kernels timed on real ranks: beside `distsign.exchange` the only file that calls a collective.
+
+It times the calls that the hooks make: all-reduce of floats, all-to-all and all-gather of bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Call", "Ranks", "Timing", "joined_ranks", "num_ranks"]
+
+T = TypeVar("T")
+_DTYPES = {"all_reduce_fp32": torch.float32, "all_reduce_bf16": torch.bfloat16, "all_reduce_fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a call took.
+
+    Attributes:
+        wall_s: of the slowest rank, median over the repetitions.
+        cpu_s: of a rank's process, all its threads, mean over ranks and repetitions.
+    """
+
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True)
+class Call:
+    """One collective of one size on one group of ranks, and what it sends.
+
+    Attributes:
+        kind: in `Profile.collectives`.
+        messages: that a rank sends; as many rounds in a ring.
+        sent_bytes: by a rank.
+        link_bytes: through the link of a node, of all its ranks together.
+        timing: see there.
+    """
+
+    kind: str
+    messages: int
+    sent_bytes: int
+    link_bytes: float
+    timing: Timing
+
+
+class Ranks:
+    """The ranks of the default process group, and the groups in which collectives are timed.
+
+    Args:
+        per_node: consecutive ranks that share a link.
+        per_machine: consecutive ranks that share cores.
+
+    Attributes:
+        device: where tensors lie.
+    """
+
+    def __init__(self, per_node: int, per_machine: int) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.per_node, self.per_machine = per_node, per_machine
+        self.device = torch.device("cpu")
+        if dist.get_backend() == "nccl":
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        num_nodes = self.world_size // per_node
+        # A second number of ranks tells what each message costs from what each call costs.
+        pairs = [[k, k + per_node] for k in range(self.world_size - per_node) if k // per_node % 2 == 0]
+        if num_nodes == 1:
+            pairs = [[k, k + 1] for k in range(0, self.world_size - 1, 2)]
+        self._groups: dict[str, dist.ProcessGroup | None] = {"all": _group([list(range(self.world_size))], self.rank)}
+        if self.world_size > 2:
+            self._groups["pairs"] = _group(pairs, self.rank)
+        if 1 < per_node < self.world_size:
+            nodes = [list(range(k, k + per_node)) for k in range(0, self.world_size, per_node)]
+            self._groups["node"] = _group(nodes, self.rank)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups: `all`, `pairs` (between nodes where there are several), `node`."""
+        return tuple(self._groups)
+
+    def close(self) -> None:
+        """Give the groups back."""
+        for group in self._groups.values():
+            if group is not None:
+                dist.destroy_process_group(group)
+        self._groups.clear()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def agreed(self, value: float) -> float:
+        """Return the largest of all ranks' values."""
+        box = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return float(box)
+
+    def time(self, run: Callable[[], object], repeats: int, *, alone: bool = False, takes_part: bool = True) -> Timing:
+        """Time a call that all ranks begin together.
+
+        Args:
+            run: what is timed.
+            repeats: how often, after one that does not count.
+            alone: rank 0 runs it while the others wait.
+            takes_part: whether this rank runs it.
+        """
+        walls, cpus = [], []
+        mine = takes_part and (not alone or self.rank == 0)
+        for index in range(-1, repeats):
+            self.synchronize()
+            dist.barrier()
+            begin, cpu = time.perf_counter(), time.process_time()
+            if mine:
+                run()
+                self.synchronize()
+            spent = torch.tensor(
+                [time.perf_counter() - begin if mine else 0.0, time.process_time() - cpu if mine else 0.0, float(mine)],
+                dtype=torch.float64,
+                device=self.device,
+            )
+            slowest, total = spent.clone(), spent
+            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+            dist.all_reduce(total)
+            if index >= 0:
+                walls.append(float(slowest[0]))
+                cpus.append(float(total[1] / total[2]))
+        return Timing(median(walls), sum(cpus) / len(cpus))
+
+    def call(self, kind: str, num_bytes: int, group_name: str, repeats: int) -> Call:
+        """Time a collective.
+
+        Args:
+            kind: in `Profile.collectives`.
+            num_bytes: about what a rank sends.
+            group_name: one of `groups`.
+            repeats: see `time`.
+        """
+        group = self._groups[group_name]
+        # Ranks without a pair wait, and know the size of a pair all the same.
+        size = {"all": self.world_size, "pairs": 2, "node": self.per_node}[group_name]
+        takes_part = group is not None
+        run, sent, messages = self._prepared(kind, num_bytes, group, size)
+        between = (size - self.per_node) / (size - 1) if group_name == "all" and size > self.per_node else 1.0
+        together = 1.0 if kind != "all_to_all" and group_name == "all" else float(self.per_node)
+        if group_name == "node" or self.per_node == self.world_size:
+            between = together = 1.0
+        timing = self.time(run, repeats, takes_part=takes_part)
+        crossing = between if kind == "all_to_all" else 1.0
+        return Call(kind, messages, sent, sent * crossing * together, timing)
+
+    def _prepared(
+        self, kind: str, num_bytes: int, group: dist.ProcessGroup | None, size: int
+    ) -> tuple[Callable[[], object], int, int]:
+        """Return the call, the bytes that a rank sends, and in how many messages."""
+        if kind in _DTYPES:
+            width = _DTYPES[kind].itemsize
+            count = max(size, num_bytes * size // (2 * (size - 1) * width))
+            values = torch.zeros(count, dtype=_DTYPES[kind], device=self.device)
+            return lambda: dist.all_reduce(values, group=group), 2 * count * width * (size - 1) // size, 2 * (size - 1)
+        share = max(1, num_bytes // (size - 1))
+        if kind == "all_gather":
+            own = torch.zeros(share, dtype=torch.uint8, device=self.device)
+            rows = torch.empty(size * share, dtype=torch.uint8, device=self.device)
+            # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            return lambda: gather(rows, own, group=group), (size - 1) * share, size - 1
+        source = torch.zeros(size * share, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        shares = [share] * size
+        return (
+            lambda: dist.all_to_all_single(target, source, shares, shares, group=group),
+            (size - 1) * share,
+            size - 1,
+        )
+
+
+def _group(parts: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+    """Make a group of each part, and return this rank's own; None where it is in no part."""
+    mine = None
+    for ranks in parts:
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            mine = group
+    return mine
+
+
+def joined_ranks(backend: str | None, run: Callable[[], T]) -> T:
+    """Run a function between joining the other ranks of torchrun and leaving them.
+
+    Args:
+        backend: `gloo` or `nccl`; None: nccl where there are GPUs.
+        run: the function.
+
+    Raises:
+        ValueError: if this process was not started by torchrun, or is the only rank.
+    """
+    if dist.is_initialized():
+        return run()
+    how = "start it with torchrun --nproc-per-node 4 -m distsign calibrate profile.json"
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        raise ValueError(f"calibrate measures the links between ranks, and this process is none: {how}")
+    if int(os.environ["WORLD_SIZE"]) < 2:
+        raise ValueError(f"calibrate measures the links between ranks, and there is one only: {how}")
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if backend == "nccl":
+        if not torch.cuda.is_available():
+            raise ValueError("--backend nccl needs GPUs, and torch sees none: leave it out, or take gloo")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(backend)
+    try:
+        return run()
+    finally:
+        dist.destroy_process_group()
+
+
+def num_ranks() -> int:
+    """Return the number of ranks of the default process group."""
+    return dist.get_world_size()

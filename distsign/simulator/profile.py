@@ -1,0 +1,169 @@
+"""What `distsign calibrate` found on some ranks, as numbers that a simulation needs; a small JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+__all__ = ["COLLECTIVES", "KERNELS", "CollectiveCost", "KernelCost", "Profile"]
+
+_FORMAT = "distsign-profile"
+_VERSION = 1
+
+COLLECTIVES = ("all_reduce_fp32", "all_reduce_bf16", "all_reduce_fp16", "all_to_all", "all_gather")
+"""The collectives that schemes call."""
+
+KERNELS = (
+    *("to_half", "from_half", "power_sgd_pass", "power_sgd_read", "power_sgd_factor", "power_sgd_orthogonal"),
+    *("top_k_choose", "top_k_scatter", "node_mean", "step_mean", "step_planes", "step_sparse"),
+    *(f"{what}_{coded}" for what in ("cast", "count", "read") for coded in ("planes", "sparse")),
+)
+"""What schemes compute."""
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """Time of a kernel on one core, or on the device, that has nothing else to do.
+
+    Args:
+        call_s: of each call.
+        element_s: of each element.
+    """
+
+    call_s: float = 0.0
+    element_s: float = 0.0
+
+    def seconds(self, elements: float) -> float:
+        """Return the time of a call; a call on nothing is none."""
+        return self.call_s + self.element_s * elements if elements else 0.0
+
+
+@dataclass(frozen=True)
+class CollectiveCost:
+    """What a collective costs beside the time on the wire.
+
+    Args:
+        call_s: waiting in each call.
+        message_s: waiting for each message beyond the link's latency.
+        call_cpu_s: core-seconds of each call.
+        message_cpu_s: core-seconds of each message.
+        byte_cpu_s: core-seconds of each byte sent (and received, and reduced).
+        serial: share of processor or wire, whichever is shorter, that does not overlap with the other, 0 to 1.
+    """
+
+    call_s: float = 0.0
+    message_s: float = 0.0
+    call_cpu_s: float = 0.0
+    message_cpu_s: float = 0.0
+    byte_cpu_s: float = 0.0
+    serial: float = 0.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Costs on one kind of machine and link.
+
+    Args:
+        collectives: by name, all of `COLLECTIVES`.
+        kernels: by name, all of `KERNELS`.
+        device: `"cpu"`, where kernels and backward share the cores, or `"cuda"`.
+        cores: that the workers of a machine have together, by their measured slow-down; infinity where each has enough.
+        concurrent: collectives of one group that are on their way at once: 2 for Gloo's threads, 1 for NCCL's stream.
+        bandwidth_bytes_per_s: of the link as measured.
+        latency_s: likewise.
+        efficiency: share of a link's nominal bandwidth that payloads get.
+        node_bandwidth_bytes_per_s: between ranks of a node, for each of them; None where that was not measured.
+        node_latency_s: likewise.
+        facts: where and on what it was measured.
+
+    Raises:
+        ValueError: if a number is out of range or a cost is missing.
+
+    Example:
+        >>> Profile.ideal().kernels["to_half"]
+        KernelCost(call_s=0.0, element_s=0.0)
+    """
+
+    collectives: Mapping[str, CollectiveCost]
+    kernels: Mapping[str, KernelCost]
+    device: str = "cpu"
+    cores: float = math.inf
+    concurrent: int = 1
+    bandwidth_bytes_per_s: float | None = None
+    latency_s: float = 0.0
+    efficiency: float = 1.0
+    node_bandwidth_bytes_per_s: float | None = None
+    node_latency_s: float = 0.0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        missing = [name for name in COLLECTIVES if name not in self.collectives]
+        missing += [name for name in KERNELS if name not in self.kernels]
+        if missing:
+            raise ValueError(f"a profile needs the cost of {missing[0]} ({len(missing)} missing): calibrate again")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"a profile's device must be cpu or cuda, got {self.device!r}")
+        numbers = {"cores": self.cores, "concurrent": self.concurrent, "efficiency": self.efficiency}
+        for name in ("bandwidth_bytes_per_s", "node_bandwidth_bytes_per_s"):
+            if getattr(self, name) is not None:
+                numbers[name] = getattr(self, name)
+        for name, value in numbers.items():
+            if not _is_number(value) or value <= 0:
+                raise ValueError(f"a profile's {name} must be a number above zero, got {value!r}")
+        for name, cost in {**self.collectives, **self.kernels}.items():
+            for key, value in vars(cost).items():
+                if not _is_number(value) or not 0 <= value < math.inf:
+                    raise ValueError(f"{key} of {name} must be a number of at least 0, got {value!r}")
+        for name in ("latency_s", "node_latency_s"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"a profile's {name} must be a number of at least 0, got {value!r}")
+
+    @classmethod
+    def ideal(cls) -> Profile:
+        """Return the profile of a machine where only the wire takes time: what holds where none was measured."""
+        return cls({name: CollectiveCost() for name in COLLECTIVES}, {name: KernelCost() for name in KERNELS})
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a file."""
+        numbers = asdict(self)
+        numbers["cores"] = None if math.isinf(self.cores) else self.cores
+        Path(path).write_text(json.dumps({"format": _FORMAT, "version": _VERSION, **numbers}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a file that `save` wrote.
+
+        Raises:
+            ValueError: if it cannot be read, is no profile, is damaged, or is of another version.
+        """
+        again = "write one with distsign calibrate"
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"cannot read the profile {path}: {error.strerror or error}; {again}") from error
+        except ValueError as error:
+            raise ValueError(f"the profile {path} is damaged, no JSON: {error}; {again}") from error
+        if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
+            raise ValueError(f"{path} is no profile of distsign's; {again}")
+        version = data.pop("version", None)
+        if version != _VERSION:
+            raise ValueError(f"the profile {path} is of version {version}, expected {_VERSION}: {again}")
+        try:
+            cores = data.pop("cores")
+            collectives = {name: CollectiveCost(**cost) for name, cost in data.pop("collectives").items()}
+            kernels = {name: KernelCost(**cost) for name, cost in data.pop("kernels").items()}
+            return cls(collectives, kernels, cores=math.inf if cores is None else cores, **data)
+        except (KeyError, TypeError, AttributeError) as error:
+            known = ", ".join(each.name for each in fields(cls))
+            raise ValueError(f"the profile {path} is damaged ({error}), expected {known}; {again}") from error
+        except ValueError as error:
+            raise ValueError(f"the profile {path} is damaged: {error}") from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

@@ -1,0 +1,398 @@
+"""Ways to combine gradients, as the simulator sees them: what is computed, and which messages travel, in which order.
+
+A step's buckets become *jobs*. A job has a part that runs in the middle of backward, where DDP calls the hook, and
+stages that follow it, one after the other: collectives, and kernels between and after them. All bytes are
+`distsign.traffic`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from distsign.layout import IntArray, Shape
+from distsign.payload import density_for
+from distsign.plan import COALESCE_BYTES, Part, exchange_groups, part_of
+from distsign.simulator.cluster import Cluster
+from distsign.simulator.models import Bucket, Model
+from distsign.simulator.units import nearest
+from distsign.traffic import (
+    ExchangeBytes,
+    GroupMessages,
+    all_gather_bytes,
+    power_sgd_elements,
+    ring_all_reduce_bytes,
+    top_k_slots,
+)
+
+__all__ = ["SCHEMES", "Collective", "Job", "Kernel", "Plan", "Scheme", "plan_step"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Work of this rank's processor or device.
+
+    Args:
+        name: in `Profile.kernels`.
+        elements: that it goes through.
+    """
+
+    name: str
+    elements: float
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective as one rank, the busiest, sees it: rounds alike, each of which waits for the one before.
+
+    Args:
+        kind: in `Profile.collectives`.
+        rounds: a ring of W ranks has W - 1 (all-gather) or 2 (W - 1) (all-reduce); an all-to-all has one.
+        between_bytes: per round, what leaves the node, of all its ranks together.
+        within_bytes: per round, what this rank sends to ranks of its node.
+        sent_bytes: in all, by this rank.
+        messages: in all, by this rank.
+    """
+
+    kind: str
+    rounds: int
+    between_bytes: float
+    within_bytes: float
+    sent_bytes: float
+    messages: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One or more buckets on their way.
+
+    Args:
+        last_bucket: the one that sets it off.
+        hook: kernels in the middle of backward.
+        stages: what follows, in order.
+    """
+
+    last_bucket: int
+    hook: tuple[Kernel, ...]
+    stages: tuple[Kernel | Collective, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A step of one scheme on one cluster, before anything is said of time.
+
+    Args:
+        buckets: DDP's.
+        jobs: in the order in which they are set off.
+        in_order: whether a job begins only when the one before is done, as on the vote's exchange thread; else
+            collectives of several jobs may be on their way at once, as many as the backend has threads.
+        step_kernel: of the optimizer, in `Profile.kernels`.
+        bytes_of_rank: sent and received by each rank.
+        total_bytes: sent by all ranks together, and so received.
+    """
+
+    buckets: list[Bucket]
+    jobs: list[Job]
+    in_order: bool
+    step_kernel: str
+    bytes_of_rank: Callable[[int], ExchangeBytes]
+    total_bytes: float
+
+    @property
+    def node_bytes(self) -> float:
+        """Bytes that leave a node, of all its ranks together."""
+        stages = (stage for job in self.jobs for stage in job.stages)
+        return sum(each.rounds * each.between_bytes for each in stages if isinstance(each, Collective))
+
+
+def ring_all_reduce(kind: str, num_elements: int, bytes_per_element: int, cluster: Cluster) -> Collective:
+    """Return an all-reduce: reduce-scatter and all-gather in a ring that enters and leaves each node once.
+
+    Example:
+        >>> from distsign.simulator.cluster import Link
+        >>> ring_all_reduce("all_reduce_fp32", 1000, 4, Cluster(4, Link(1e9))).between_bytes
+        1000.0
+    """
+    world_size = cluster.num_workers
+    sent = ring_all_reduce_bytes(num_elements, bytes_per_element, world_size) / 2
+    rounds = 2 * (world_size - 1)
+    return _ring(kind, rounds, sent, cluster)
+
+
+def _ring(kind: str, rounds: int, sent_bytes: float, cluster: Cluster) -> Collective:
+    each = sent_bytes / rounds if rounds else 0.0
+    between = each if cluster.num_nodes > 1 else 0.0
+    within = each if cluster.workers_per_node > 1 else 0.0
+    return Collective(kind, rounds, between, within, sent_bytes, rounds)
+
+
+def _all_to_all(sizes: IntArray, cluster: Cluster) -> Collective:
+    """Return one phase of a vote: each rank sends `sizes[k]` bytes to rank k, or as many of its own to all others.
+
+    Both directions have the same messages, the other way round; the busiest rank, and the busiest node, decide.
+    """
+    per_node = cluster.workers_per_node
+    others, away = cluster.num_workers - 1, cluster.num_workers - per_node
+    if not others:
+        return Collective("all_to_all", 0, 0.0, 0.0, 0.0, 0)
+    nodes = sizes.reshape(-1, per_node)
+    of_node = nodes.sum(1)
+    between = max((per_node * (sizes.sum() - of_node)).max(), (away * of_node).max())
+    within = max((of_node[:, None] - nodes).max(), (per_node - 1) * sizes.max())
+    sent = max(sizes.sum() - sizes.min(), others * sizes.max())
+    return Collective("all_to_all", 1, float(between), float(within), float(sent), others)
+
+
+# ------------------------------------------------------------------------------------------------------------- schemes
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A scheme and its options.
+
+    Args:
+        name: one of `SCHEMES`.
+        options: such as `rank`, `density`, `bits`; see there.
+
+    Raises:
+        ValueError: if name or option is unknown, or a value out of range.
+
+    Example:
+        >>> Scheme.parse("sparse:bits=0.1")
+        Scheme(name='sparse', options={'bits': 0.1})
+        >>> Scheme.parse("powersgd:2").label
+        'powersgd:rank=2'
+    """
+
+    name: str
+    options: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kind = SCHEMES.get(self.name)
+        if kind is None:
+            raise ValueError(nearest("scheme", self.name, SCHEMES))
+        for key, value in self.options.items():
+            if key not in kind.options:
+                raise ValueError(nearest(f"option of {self.name}", key, kind.options or ["none"]))
+            _require_range(self.name, key, value)
+        missing = [group for group in kind.required if not any(key in self.options for key in group)]
+        if missing or {"bits", "density"} <= self.options.keys():
+            wanted = " or ".join(f"{self.name}:{key}={_RANGES[key][2]}" for key in (missing or kind.required)[0])
+            raise ValueError(f"the scheme {self.name} needs one option: {wanted}")
+
+    @classmethod
+    def parse(cls, text: str) -> Scheme:
+        """Return the scheme of `NAME`, `NAME:KEY=VALUE,...`, or `NAME:VALUE` where it has one main option."""
+        name, _, rest = text.strip().partition(":")
+        if name not in SCHEMES:
+            raise ValueError(nearest("scheme", name, SCHEMES))
+        options = {}
+        for part in filter(None, rest.split(",")):
+            key, equals, value = part.partition("=")
+            if not equals:
+                key, value = next(iter(SCHEMES[name].options), ""), part
+            try:
+                options[key] = float(value)
+            except ValueError:
+                raise ValueError(f"cannot read {part!r} in the scheme {text!r}: expected KEY=NUMBER") from None
+        return cls(name, options)
+
+    @property
+    def label(self) -> str:
+        """Name and options, as `parse` reads them."""
+        return self.name + "".join(f"{':,'[k > 0]}{key}={v:g}" for k, (key, v) in enumerate(self.options.items()))
+
+    @property
+    def compresses(self) -> bool:
+        """Whether it sends less than 16 bits a component."""
+        return self.name not in _WIDTH
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What there is to know of a scheme by its name.
+
+    Args:
+        plan: makes the step's plan.
+        options: that it takes, the main one first.
+        required: of each group one is needed.
+        summary: for `--help`.
+    """
+
+    plan: Callable[[Scheme, Model, list[Bucket], Cluster], Plan]
+    summary: str
+    options: tuple[str, ...] = ()
+    required: tuple[tuple[str, ...], ...] = ()
+
+
+_WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "rank": (1, 4096, "2"),
+    "density": (1e-9, 1, "0.01"),
+    "bits": (1e-9, 2, "0.1"),
+    "gather": (0, 1, "1"),
+}
+
+
+def _require_range(name: str, key: str, value: float) -> None:
+    low, high, _ = _RANGES[key]
+    whole = key in ("rank", "gather")
+    if not low <= value <= high or (whole and value != int(value)):
+        what = f"a whole number from {low:g} to {high:g}" if whole else f"above 0 and at most {high:g}"
+        raise ValueError(f"{key} of the scheme {name} must be {what}, got {value:g}")
+
+
+def plan_step(model: Model, cluster: Cluster, scheme: Scheme, bucket_mb: float | None = None) -> Plan:
+    """Return what a step of this scheme computes and sends.
+
+    Args:
+        model: its parameters are float32.
+        cluster: the workers.
+        scheme: the scheme.
+        bucket_mb: DDP's `bucket_cap_mb`; None is its default.
+
+    Raises:
+        ValueError: if the scheme cannot be used on this model or cluster.
+    """
+    return SCHEMES[scheme.name].plan(scheme, model, model.buckets(bucket_mb), cluster)
+
+
+def _plan_all_reduce(scheme: Scheme, model: Model, buckets: list[Bucket], cluster: Cluster) -> Plan:
+    width = _WIDTH[scheme.name]
+    jobs = []
+    for number, bucket in enumerate(buckets):
+        reduced = ring_all_reduce(f"all_reduce_{scheme.name}", bucket.num_elements, width, cluster)
+        to, back = Kernel("to_half", bucket.num_elements), Kernel("from_half", bucket.num_elements)
+        jobs.append(Job(number, (), (reduced,)) if width == 4 else Job(number, (to,), (reduced, back)))
+    return _reduced(buckets, jobs, ring_all_reduce_bytes(model.num_elements, width, cluster.num_workers), cluster)
+
+
+def _reduced(buckets: list[Bucket], jobs: list[Job], both_bytes: int, cluster: Cluster) -> Plan:
+    """Return the plan of all-reduces of which each rank sends and receives so much, added up."""
+    each = ExchangeBytes(both_bytes // 2, both_bytes - both_bytes // 2)
+    return Plan(buckets, jobs, False, "step_mean", lambda _: each, cluster.num_workers * both_bytes / 2)
+
+
+def _plan_power_sgd(scheme: Scheme, model: Model, buckets: list[Bucket], cluster: Cluster) -> Plan:
+    rank = int(scheme.options["rank"])
+    jobs, total = [], 0
+    for number, bucket in enumerate(buckets):
+        shapes = [model.parameters[row].shape for row in bucket.rows]
+        whole, p, q = power_sgd_elements(shapes, rank)
+        compressed = bucket.num_elements - whole
+        reduced = [ring_all_reduce("all_reduce_fp32", n, 4, cluster) for n in (whole, p, q)]
+        # A product with a thin matrix reads the gradient once, and multiplies as often as the rank says.
+        product = (Kernel("power_sgd_read", compressed), Kernel("power_sgd_factor", rank * compressed))
+        before = Kernel("power_sgd_pass", 2 * compressed)  # the error is added, and the sum kept
+        after = Kernel("power_sgd_pass", 2 * compressed)  # the new error is the difference to what was sent
+        orthogonal = Kernel("power_sgd_orthogonal", rank * p)
+        stages = (reduced[0], reduced[1], orthogonal, *product, reduced[2], *product, after)
+        jobs.append(Job(number, (before, *product), stages))
+        total += sum(ring_all_reduce_bytes(n, 4, cluster.num_workers) for n in (whole, p, q))
+    return _reduced(buckets, jobs, total, cluster)
+
+
+def _plan_top_k(scheme: Scheme, model: Model, buckets: list[Bucket], cluster: Cluster) -> Plan:
+    del model
+    jobs, total = [], ExchangeBytes()
+    for number, bucket in enumerate(buckets):
+        slots = top_k_slots(bucket.num_elements, scheme.options["density"])
+        cost = all_gather_bytes(8 * slots, cluster.num_workers)
+        gathered = _ring("all_gather", cluster.num_workers - 1, cost.sent_bytes, cluster)
+        scattered = Kernel("top_k_scatter", slots * cluster.num_workers)
+        jobs.append(Job(number, (Kernel("top_k_choose", bucket.num_elements),), (gathered, scattered)))
+        total += cost
+    return Plan(buckets, jobs, False, "step_mean", lambda _: total, cluster.num_workers * total.sent_bytes)
+
+
+def _plan_vote(scheme: Scheme, model: Model, buckets: list[Bucket], cluster: Cluster) -> Plan:
+    per_node = cluster.workers_per_node if scheme.name == "hierarchical" else 1
+    exchange = "all_gather" if scheme.options.get("gather") else "two_phase"
+    num_voters = cluster.num_workers // per_node
+    bits, density = scheme.options.get("bits"), scheme.options.get("density")
+    if bits is not None:
+        # As the pipeline has it: the first column's share stands for all.
+        parts = [part_of(Part(s.index, s.num_elements, voted=True), 0, per_node) for s in model.shapes]
+        density = density_for(bits, [Shape(p.row, p.length) for p in parts], num_voters, COALESCE_BYTES)
+    coded = "planes" if density is None else "sparse"
+    jobs, messages = [], []
+    for group in exchange_groups([bucket.num_elements for bucket in buckets], bits):
+        shapes = [model.shapes[row] for number in group for row in buckets[number].rows]
+        found = GroupMessages.build(
+            shapes,
+            cluster.num_workers,
+            exchange,
+            density=density,
+            owner_carry=bits is not None,
+            ranks_per_node=per_node,
+        )
+        messages.append(found)
+        n = sum(shape.num_elements for shape in shapes)
+        counted = n * num_voters if exchange == "all_gather" else n
+        cast, count = Kernel(f"cast_{coded}", n / per_node), Kernel(f"count_{coded}", counted / per_node)
+        read = Kernel(f"read_{coded}", n)
+        if per_node == 1:
+            wire = _vote_collectives(found, cluster)
+            jobs.append(Job(group[-1], (cast,), (wire[0], count, *wire[1:], read)))
+        else:
+            mean, up, down, share = _node_collectives(found, cluster)
+            average = Kernel("node_mean", n)
+            jobs.append(Job(group[-1], (), (mean, average, cast, up, count, down, share, read)))
+
+    def bytes_of_rank(rank: int) -> ExchangeBytes:
+        return sum((each.of_rank(rank) for each in messages), ExchangeBytes())
+
+    total_bytes = sum(each.total_bytes for each in messages)
+    return Plan(buckets, jobs, True, f"step_{coded}", bytes_of_rank, total_bytes)
+
+
+def _vote_collectives(messages: GroupMessages, cluster: Cluster) -> list[Collective]:
+    """Return the all-to-all of ballots and that of verdicts, or the one all-gather."""
+    sizes, back = messages.ballots[0], messages.verdicts[0]
+    others = cluster.num_workers - 1
+    if messages.exchange == "all_gather":
+        return [_ring("all_gather", others, float(others * sizes.sum()), cluster)]
+    return [_all_to_all(sizes, cluster), _all_to_all(back, cluster)]
+
+
+def _node_collectives(messages: GroupMessages, cluster: Cluster) -> tuple[Collective, ...]:
+    """Return the mean within a node, both phases of all its columns between nodes, and the sharing within it."""
+    per_node, voters = messages.ballots.shape
+    share = float(messages.gradient_bytes.max())
+    own = float(messages.verdicts.sum(1).max())
+    within = [
+        Collective("all_to_all", int(per_node > 1), 0.0, (per_node - 1) * n, (per_node - 1) * n, per_node - 1)
+        for n in (share, own)
+    ]
+    between = []
+    for sizes in (messages.ballots, messages.verdicts):
+        each = (voters - 1) * sizes.max(1)  # per column; together they share the node's link
+        sent = float(each.max())
+        between.append(Collective("all_to_all", int(voters > 1), float(each.sum()), 0.0, sent, voters - 1))
+    return within[0], between[0], between[1], within[1]
+
+
+SCHEMES: dict[str, Kind] = {
+    "fp32": Kind(_plan_all_reduce, "ring all-reduce, what DDP does by itself"),
+    "bf16": Kind(_plan_all_reduce, "the same in bfloat16"),
+    "fp16": Kind(_plan_all_reduce, "the same in float16"),
+    "powersgd": Kind(_plan_power_sgd, "torch's PowerSGD hook: powersgd:2", ("rank",), (("rank",),)),
+    "topk": Kind(_plan_top_k, "largest components, all-gather: topk:0.01", ("density",), (("density",),)),
+    "planes": Kind(_plan_vote, "sign votes in two bit planes; planes:gather=1 for the all-gather", ("gather",)),
+    "sparse": Kind(
+        _plan_vote,
+        "sign votes in few slots: sparse:bits=0.1 or sparse:density=0.01",
+        ("bits", "density", "gather"),
+        (("bits", "density"),),
+    ),
+    "hierarchical": Kind(_plan_vote, "average in a node, vote between nodes: as sparse or planes", ("bits", "density")),
+}
+"""Schemes by name."""
+
+
+def default_schemes(cluster: Cluster) -> Sequence[Scheme]:
+    """Return what is compared where no scheme is named."""
+    texts = ["fp32", "bf16", "powersgd:1", "powersgd:4", "topk:0.001", "planes", "sparse:bits=0.1"]
+    if cluster.workers_per_node > 1:
+        texts.append("hierarchical:bits=0.1")
+    return [Scheme.parse(text) for text in texts]

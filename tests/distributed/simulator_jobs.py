@@ -1,0 +1,45 @@
+"""What the ranks do in the tests of the simulator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from distsign import RMSConfidence, SignVoteState, sign_vote_hook
+from distsign.simulator import Cluster, Link, Model, Scheme, Step
+from distsign.simulator.calibrate import calibrate
+
+from .hook_jobs import Net, batch
+
+
+def count_beside_prediction(rank: int, world_size: int, text: str, options: dict[str, Any], bucket_mb: float) -> None:
+    """Hold the bytes that the hook counts in each step to those that are predicted, exactly."""
+    torch.manual_seed(5)
+    net = Net()
+    model = DDP(net, bucket_cap_mb=bucket_mb)
+    state = SignVoteState(confidence=RMSConfidence(k=2.0), **options)
+    state.track(model.named_parameters())
+    model.register_comm_hook(state, sign_vote_hook)
+    per_node = options.get("ranks_per_node", 1)
+    cluster = Cluster(world_size, Link(1e9), workers_per_node=per_node)
+    want = Step(Model.of(net), cluster, Scheme.parse(text), compute_s=0.1, bucket_mb=bucket_mb).bytes_of_rank(rank)
+    for step in range(4):
+        before = state.traffic()
+        model.zero_grad()
+        model(batch(rank, step, 0, torch.float32)).square().mean().backward()
+        after = state.traffic()
+        if step > 0:  # in the first step DDP has one bucket
+            for name, value in vars(want).items():
+                assert getattr(after, name) - getattr(before, name) == value, (step, rank, name)
+    state.close()
+
+
+def calibrated(rank: int, world_size: int) -> dict[str, Any] | None:
+    """Calibrate in a hurry."""
+    profile = calibrate(ranks_per_node=1, ranks_per_machine=world_size, seconds=0.2, repeats=1)
+    dist.barrier()
+    assert (profile is None) == (rank != 0)
+    return None if profile is None else {"cores": profile.cores, "bandwidth": profile.bandwidth_bytes_per_s}

@@ -1,0 +1,35 @@
+"""The simulator beside the hook on real ranks: the same bytes, exactly; and a calibration that comes to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from . import simulator_jobs as jobs
+from .ranks import RankPool
+
+Pools = Callable[[int], RankPool]
+
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "planes": (3, {"wire": "planes"}),
+    "sparse:bits=0.3": (3, {"bits_per_param": 0.3}),
+    "planes:gather=1": (3, {"wire": "planes", "exchange": "all_gather"}),
+    "sparse:bits=0.3,gather=1": (3, {"bits_per_param": 0.3, "exchange": "all_gather"}),
+    "hierarchical": (4, {"wire": "planes", "exchange": "hierarchical", "ranks_per_node": 2}),
+    "hierarchical:bits=0.3": (4, {"bits_per_param": 0.3, "exchange": "hierarchical", "ranks_per_node": 2}),
+}
+
+
+@pytest.mark.parametrize("text", CASES)
+@pytest.mark.parametrize("bucket_mb", [0.05, 2.0])
+def test_counted_bytes_are_those_predicted(rank_pool: Pools, text: str, bucket_mb: float) -> None:
+    world_size, options = CASES[text]
+    rank_pool(world_size).run(jobs.count_beside_prediction, text, options, bucket_mb)
+
+
+def test_calibrate_on_ranks(rank_pool: Pools) -> None:
+    found = rank_pool(3).run(jobs.calibrated, deadline_s=60)[0]
+    assert 0 < found["cores"] <= 3
+    assert found["bandwidth"] > 0

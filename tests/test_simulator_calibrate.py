@@ -1,0 +1,76 @@
+"""Fits, held to times that were made from known costs; and kernels, each of which must run at any size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distsign.simulator.calibrate import fit_collectives, non_negative_fit
+from distsign.simulator.kernel_probe import probes
+from distsign.simulator.probe import Call, Timing
+from distsign.simulator.profile import COLLECTIVES, KERNELS
+
+SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 20, 1 << 22)
+
+
+@given(
+    st.lists(st.floats(0, 10).map(lambda x: x if x > 1e-3 else 0.0), min_size=2, max_size=3).filter(
+        lambda costs: costs[0] > 0
+    )
+)
+def test_exact_times_give_exact_costs(costs: list[float]) -> None:
+    features = np.array([[1.0, k % 3 + 1.0, k**2][: len(costs)] for k in range(6)])
+    found = non_negative_fit(features, features @ np.array(costs))
+    assert found == pytest.approx(costs, abs=1e-6)
+
+
+def test_no_cost_is_below_zero() -> None:
+    found = non_negative_fit(np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]]), np.array([3.0, 2.0, 1.0]))
+    assert (found >= 0).all()
+
+
+def made(bandwidth: float, cpu_byte_s: float, *, latency_s: float = 1e-4, stretch: float = 2.0) -> list[Call]:
+    """Return calls whose times follow from the costs, the wire and the processor at work at the same time."""
+    found = []
+    for kind in COLLECTIVES:
+        for ranks in (2, 4):
+            for size in SIZES:
+                messages = ranks - 1 if kind in ("all_to_all", "all_gather") else 2 * (ranks - 1)
+                delays = 1 if kind == "all_to_all" else messages
+                cpu = 2e-4 + cpu_byte_s * size
+                wall = delays * latency_s + stretch * 2e-4 + max(size / bandwidth, stretch * cpu_byte_s * size)
+                found.append(Call(kind, messages, size, float(size), Timing(wall, cpu)))
+    return found
+
+
+def test_a_slow_link_is_found() -> None:
+    fit = fit_collectives(made(1.2e8, 1e-9), 2.0, nominal_bytes_per_s=1.25e8)
+    assert fit.is_limit
+    assert fit.bandwidth_bytes_per_s == pytest.approx(1.2e8, rel=0.02)
+    assert fit.latency_s == pytest.approx(1e-4, rel=0.1)
+    for cost in fit.collectives.values():
+        assert cost.byte_cpu_s == pytest.approx(1e-9, rel=0.02)
+        assert cost.call_cpu_s == pytest.approx(2e-4, rel=0.05)
+        assert cost.serial < 0.1
+
+
+def test_a_fast_link_says_nothing_of_its_bandwidth() -> None:
+    """The processor is the limit at 250 MB/s; the link's own figure is taken for what it is said to be."""
+    fit = fit_collectives(made(1e12, 2e-9), 2.0, nominal_bytes_per_s=1.25e9)
+    assert not fit.is_limit
+    assert fit.bandwidth_bytes_per_s == 1.25e9
+    for cost in fit.collectives.values():
+        assert cost.byte_cpu_s == pytest.approx(2e-9, rel=0.02)
+
+
+@pytest.mark.parametrize("num_elements", [4096, 10_007])
+def test_every_kernel_has_a_probe_that_runs(num_elements: int) -> None:
+    found = probes(num_elements, 3, torch.device("cpu"))
+    assert sorted(probe.name for probe in found) == sorted(KERNELS)
+    for probe in found:
+        assert probe.elements > 0
+        probe.run()
+        probe.run()
