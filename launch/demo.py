@@ -42,7 +42,7 @@ SCHEMES = (
         "signADAM++, sign votes",
         (
             *("--optimizer", "sign-adam-pp", "--momentum", "0", "--lr", "0.04"),
-            *("--hook", "sign-vote", "--confidence", "rms:k=8", "--bits-per-param", "0.08", "--margin", "2"),
+            *("--hook", "sign-vote", "--confidence", "rms:k=20"),
         ),
     ),
 )
