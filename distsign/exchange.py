@@ -26,7 +26,7 @@ from distsign.payload import Form
 from distsign.traffic import ExchangeBytes
 from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Header, PayloadError
 
-__all__ = ["EXCHANGES", "Verdicts", "VoteExchange", "world_size_of"]
+__all__ = ["EXCHANGES", "Verdicts", "VoteExchange", "all_to_all", "world_size_of"]
 
 EXCHANGES = ("two_phase", "all_gather", "hierarchical")
 T = TypeVar("T")
@@ -49,6 +49,30 @@ class Verdicts:
     poisoned: Tensor
 
 
+def all_to_all(
+    target: Tensor, source: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup | None
+) -> None:
+    """Send `send[k]` elements of `source` to rank k of the group, and receive `receive[k]` of it into `target`.
+
+    On Gloo message by message, all receives posted before the first send. A Gloo pair sends only what the other side
+    has announced that it will receive, and in its all-to-all a rank's announcement may wait in the socket behind what
+    the rank sends: the two directions of a link then take turns (measured: 40 against 21 ms for 122 kB between two
+    ranks at 50 Mbit/s, 28 against 21 ms for 2.2 MB of each of four at 1 Gbit/s).
+    """
+    if source.device.type != "cpu":
+        dist.all_to_all_single(target, source, receive, send, group=group)
+        return
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    into, out = torch.split(target, receive), torch.split(source, send)
+    others = [(rank + k) % world_size for k in range(1, world_size)]
+    works = [dist.irecv(into[k], group=group, group_src=k) for k in reversed(others)]
+    works += [dist.isend(out[k], group=group, group_dst=k) for k in others]
+    into[rank].copy_(out[rank])
+    for work in works:
+        assert work is not None, "this rank is in the group"
+        work.wait()
+
+
 class _Link:
     """A process group through which bytes are sent, and counted.
 
@@ -67,7 +91,7 @@ class _Link:
         if self.group is None:
             return source
         target = source.new_empty(sum(receive))
-        dist.all_to_all_single(target, source, receive, send, group=self.group)
+        all_to_all(target, source, receive, send, self.group)
         self.sent_bytes += (sum(send) - send[self.rank]) * source.itemsize
         self.received_bytes += (sum(receive) - receive[self.rank]) * source.itemsize
         return target

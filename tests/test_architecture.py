@@ -162,7 +162,7 @@ def test_the_library_does_not_know_what_is_built_on_it(name: str) -> None:
 @every_module
 def test_only_the_exchange_calls_collectives(name: str) -> None:
     if name in CALLS_COLLECTIVES:
-        assert {"all_to_all_single", "new_group"} <= uses_of_distributed(tree_of(name))
+        assert "new_group" in uses_of_distributed(tree_of(name)), "else this test looks for the wrong names"
         return
     allowed = HOOK_MAY_USE if part(name) in {"hook", "pipeline"} else set()
     found = uses_of_distributed(tree_of(name)) - allowed

@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from distsign.exchange import all_to_all
+
 __all__ = ["Call", "Ranks", "Timing", "joined_ranks", "num_ranks"]
 
 T = TypeVar("T")
@@ -177,11 +179,7 @@ class Ranks:
         source = torch.zeros(size * share, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         shares = [share] * size
-        return (
-            lambda: dist.all_to_all_single(target, source, shares, shares, group=group),
-            (size - 1) * share,
-            size - 1,
-        )
+        return lambda: all_to_all(target, source, shares, shares, group), (size - 1) * share, size - 1
 
 
 def _group(parts: list[list[int]], rank: int) -> dist.ProcessGroup | None:
