@@ -26,7 +26,7 @@ from distsign.simulator.profile import COLLECTIVES, CollectiveCost, KernelCost, 
 
 __all__ = ["calibrate", "calibrate_under_torchrun", "fit_collectives", "non_negative_fit"]
 
-_SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 20, 1 << 22)
+_SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 _KERNEL_SIZES = (1 << 14, 1 << 17, 1 << 20)
 _LINK_LIMITED = 0.7
 """Of the nominal bandwidth: below it something else is the limit, and says nothing of the link."""
@@ -99,8 +99,9 @@ def fit_collectives(calls: Sequence[Call], stretch: float, nominal_bytes_per_s: 
         cpu = np.array([max(call.timing.cpu_s, 1e-7) for call in mine])
         walls[kind] = non_negative_fit(np.stack([ones, messages, link], 1), wall)
         cpus[kind] = non_negative_fit(np.stack([ones, messages, sent], 1), cpu)
-    fastest = min((w[2] for w in walls.values() if w[2] > 0), default=1e-12)
-    bandwidth = 1 / fastest
+    # The fastest whole call, not the steepest fit: its small calls make a slope of whatever disturbed them.
+    bandwidth = max((call.link_bytes / call.timing.wall_s for call in calls if call.timing.wall_s > 0), default=1e12)
+    fastest = 1 / bandwidth
     busiest = max(stretch * c[2] for c in cpus.values())
     is_limit = fastest > 1.2 * min(busiest, stretch * min(c[2] for c in cpus.values()))
     if nominal_bytes_per_s is not None:
