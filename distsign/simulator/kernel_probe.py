@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +15,18 @@ from distsign.optim import SignAdamPP
 from distsign.owner import make_owner
 from distsign.payload import density_for, forms
 from distsign.plan import COALESCE_BYTES
+from distsign.simulator.profile import FEW_TENSORS
 from distsign.voter import Voter, rotating_starts
 
-__all__ = ["BITS", "POWER_RANK", "Probe", "probes"]
+__all__ = ["BITS", "MANY_TENSORS", "POWER_RANKS", "Probe", "probes"]
 
 BITS = 0.1
 """The budget at which sparse kernels are timed: most of their time is spent on planes, whatever the budget."""
+POWER_RANKS = (1, 4)
+"""Columns of the thin matrices that products are timed with."""
+MANY_TENSORS = 36
+"""What a tensor costs by itself is seen from so many of them beside a few."""
 
-_NUM_PARAMETERS = 4
-POWER_RANK = 4
 _DENSITY = 0.001
 _ONE_IN = 101
 """About one component in so many has a verdict at `BITS`."""
@@ -34,29 +37,37 @@ class Probe:
     """A kernel of some size.
 
     Args:
-        name: in `Profile.kernels`.
+        name: in `Profile.kernels`; products with thin matrices of several ranks have one name.
         elements: as the schemes count them.
         run: the call.
+        by_tensor: whether it goes through tensors one by one.
+        rank: columns of a thin matrix; 1 elsewhere.
+        times: how often `run` does it.
     """
 
     name: str
     elements: int
     run: Callable[[], object]
+    by_tensor: bool = False
+    rank: int = 1
+    times: int = 1
 
 
-def probes(num_elements: int, world_size: int, device: torch.device) -> list[Probe]:
+def probes(num_elements: int, world_size: int, device: torch.device, num_tensors: int = FEW_TENSORS) -> list[Probe]:
     """Return all kernels for a bucket of so many elements.
 
     Args:
-        num_elements: at least 4096.
+        num_elements: at least 1024 per tensor.
         world_size: voters.
         device: where the gradient lies.
+        num_tensors: in which the elements lie.
     """
     generator = torch.Generator().manual_seed(1)
     gradient = torch.randn(num_elements, generator=generator).to(device)
-    found = [*_dense(gradient), *_power_sgd(gradient), *_top_k(gradient, world_size), *_steps(gradient)]
+    tensors = list(torch.tensor_split(gradient, num_tensors))
+    found = [*_dense(gradient), *_power_sgd(gradient, tensors), *_top_k(gradient, world_size), *_steps(tensors)]
     for bits in (None, BITS):
-        found += _vote(gradient, world_size, bits)
+        found += _vote(gradient, [tensor.numel() for tensor in tensors], world_size, bits)
     return found
 
 
@@ -70,17 +81,36 @@ def _dense(gradient: Tensor) -> list[Probe]:
     ]
 
 
-def _power_sgd(gradient: Tensor) -> list[Probe]:
-    side = int(gradient.numel() ** 0.5)
-    matrix = gradient[: side * side].view(side, side)
-    factor = torch.randn(side, POWER_RANK).to(gradient.device)
-    one = factor[:, :1].contiguous()
-    kept = torch.zeros_like(matrix)
+def _power_sgd(gradient: Tensor, tensors: Sequence[Tensor]) -> list[Probe]:
+    sides = [int(tensor.numel() ** 0.5) for tensor in tensors]
+    matrices = [tensor[: side * side].view(side, side) for tensor, side in zip(tensors, sides, strict=True)]
+    n, kept = sum(matrix.numel() for matrix in matrices), torch.zeros_like(gradient)
+    thickest = max(POWER_RANKS)
+
+    def thin(rank: int) -> list[Tensor]:
+        return [torch.randn(side, rank).to(gradient.device) for side in sides]
+
+    def products(rank: int) -> Callable[[], object]:
+        ps, qs = thin(rank), thin(rank)
+        into = [matrix.clone() for matrix in matrices]
+
+        def run() -> None:
+            for matrix, p, q in zip(matrices, ps, qs, strict=True):
+                torch.matmul(matrix, q, out=p)
+            for matrix, p, q in zip(matrices, ps, qs, strict=True):
+                torch.matmul(matrix.t(), p, out=q)
+            for target, p, q in zip(into, ps, qs, strict=True):
+                torch.matmul(p, q.t(), out=target)
+
+        return run
+
+    factors = thin(thickest)
+    num_factors = thickest * sum(factor.numel() for factor in factors)
     return [
-        Probe("power_sgd_pass", matrix.numel(), lambda: torch.add(matrix, matrix, out=kept)),
-        Probe("power_sgd_read", matrix.numel(), lambda: matrix @ one),
-        Probe("power_sgd_factor", POWER_RANK * matrix.numel(), lambda: matrix @ factor),
-        Probe("power_sgd_orthogonal", POWER_RANK * factor.numel(), lambda: torch.linalg.qr(factor)),
+        # The hook keeps neither the copy of a gradient nor the memory of the error from step to step.
+        Probe("power_sgd_pass", gradient.numel(), lambda: gradient - kept),
+        *(Probe("power_sgd_product", n, products(rank), by_tensor=True, rank=rank, times=3) for rank in POWER_RANKS),
+        Probe("power_sgd_orthogonal", num_factors, lambda: [torch.linalg.qr(f) for f in factors], by_tensor=True),
     ]
 
 
@@ -112,30 +142,30 @@ class _VoteState:
         return 1.0
 
 
-def _steps(gradient: Tensor) -> list[Probe]:
-    def stepper(make: Callable[[Tensor], torch.optim.Optimizer], grad: Tensor) -> Callable[[], object]:
-        parameter = torch.nn.Parameter(torch.zeros_like(gradient))
-        parameter.grad = grad
-        optimizer = make(parameter)
-        return optimizer.step
+def _steps(tensors: Sequence[Tensor]) -> list[Probe]:
+    def stepper(make: Callable[[list[Tensor]], torch.optim.Optimizer], grads: Sequence[Tensor]) -> Callable[[], object]:
+        parameters = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        return make(list(parameters)).step
 
-    def vote(parameter: Tensor) -> torch.optim.Optimizer:
-        return SignAdamPP([("p", parameter)], lr=1e-4, momentum=0.0, vote_state=_VoteState())
+    def vote(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        named = [(f"p{k}", parameter) for k, parameter in enumerate(parameters)]
+        return SignAdamPP(named, lr=1e-4, momentum=0.0, vote_state=_VoteState())
 
-    n, verdicts = gradient.numel(), gradient.sign()
-    few = verdicts * (torch.arange(n, device=gradient.device) % _ONE_IN == 0)
+    n, verdicts = sum(tensor.numel() for tensor in tensors), [tensor.sign() for tensor in tensors]
+    few = [grad * (torch.arange(grad.numel(), device=grad.device) % _ONE_IN == 0) for grad in verdicts]
     return [
-        Probe("step_mean", n, stepper(lambda p: torch.optim.SGD([p], lr=1e-3), verdicts)),
-        Probe("step_planes", n, stepper(vote, verdicts)),
-        Probe("step_sparse", n, stepper(vote, few)),
+        Probe("step_mean", n, stepper(lambda params: torch.optim.SGD(params, lr=1e-3), verdicts), by_tensor=True),
+        Probe("step_planes", n, stepper(vote, verdicts), by_tensor=True),
+        Probe("step_sparse", n, stepper(vote, few), by_tensor=True),
     ]
 
 
-def _vote(gradient: Tensor, world_size: int, bits: float | None) -> list[Probe]:
+def _vote(gradient: Tensor, lengths: Sequence[int], world_size: int, bits: float | None) -> list[Probe]:
     """Return casting, counting and reading, as pipeline and exchange do it for one exchange group."""
     device, n = gradient.device, gradient.numel()
     kernels, coded = kernels_for(device), "planes" if bits is None else "sparse"
-    lengths = [(k + 1) * n // _NUM_PARAMETERS - k * n // _NUM_PARAMETERS for k in range(_NUM_PARAMETERS)]
     voter = Voter(RMSConfidence(k=1.0 if bits is None else 4.0), torch.float32)
     voter.grow(lengths, device)
     shapes = [Shape(k, length, voter.home(k)) for k, length in enumerate(lengths)]
@@ -143,7 +173,7 @@ def _vote(gradient: Tensor, world_size: int, bits: float | None) -> list[Probe]:
     density = None if bits is None else density_for(bits, shapes, world_size, COALESCE_BYTES)
     ballots, verdicts = forms(layout, density, "auto", owner_carry=bits is not None)
     starts = rotating_starts(layout, 0)
-    rows, scale = torch.arange(_NUM_PARAMETERS, device=device), torch.ones((), dtype=torch.float64, device=device)
+    rows, scale = torch.arange(len(lengths), device=device), torch.ones((), dtype=torch.float64, device=device)
     clean, raw = torch.zeros((), dtype=torch.bool, device=device), torch.zeros(0, device=device)
     owner = make_owner(None if bits is None else "plain", 1, world_size, forget=bits is not None)
 
@@ -184,7 +214,7 @@ def _vote(gradient: Tensor, world_size: int, bits: float | None) -> list[Probe]:
         owner.commit(clean)
 
     return [
-        Probe(f"cast_{coded}", n, cast),
-        Probe(f"count_{coded}", n, count_and_commit),
-        Probe(f"read_{coded}", n, read),
+        Probe(f"cast_{coded}", n, cast, by_tensor=True),
+        Probe(f"count_{coded}", n, count_and_commit, by_tensor=True),
+        Probe(f"read_{coded}", n, read, by_tensor=True),
     ]

@@ -145,13 +145,14 @@ class _Timeline:
             before = after[-1]
             ends.append(before)
         backward = last
-        cost = self.profile.kernels[plan.step_kernel].seconds(self.step.model.num_elements)
+        model = self.step.model
+        cost = self.profile.kernels[plan.step_kernel].seconds(model.num_elements, len(model.parameters))
         end = add(Task("optimizer", [backward, *ends], work={self.unit: cost}))
         self.simulation.run()
         return self._summary(backward, end)
 
     def _kernel(self, kernel: Kernel, after: Sequence[Task]) -> Task:
-        seconds = self.profile.kernels[kernel.name].seconds(kernel.elements)
+        seconds = kernel.times * self.profile.kernels[kernel.name].seconds(kernel.elements, kernel.tensors)
         self.kernels.append(seconds)
         return self.simulation.add(Task(kernel.name, after, work={self.unit: seconds}))
 
@@ -162,13 +163,13 @@ class _Timeline:
         leaves = each.between_bytes > 0
         latency_s = (self.cluster.link if leaves else self.cluster.node_link).latency_s
         cpu = cost.call_cpu_s + cost.message_cpu_s * each.messages + cost.byte_cpu_s * each.sent_bytes
+        between, within = cost.wire * each.between_bytes, cost.wire * each.within_bytes
         task = Task(
             each.kind,
             after,
             rounds=rounds,
             delay_s=latency_s + (cost.call_s + cost.message_s * each.messages) / rounds,
-            work={"link": each.between_bytes, "node_link": each.within_bytes, "core": cpu / rounds},
-            serial=cost.serial,
+            work={"link": between, "node_link": within, "core": cpu / rounds},
             queue="collectives",
         )
         return self.simulation.add(task)

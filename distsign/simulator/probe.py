@@ -20,6 +20,8 @@ from distsign.exchange import all_to_all
 __all__ = ["Call", "Ranks", "Timing", "joined_ranks", "num_ranks"]
 
 T = TypeVar("T")
+_CACHE_BYTES = 32 << 20
+"""More than a rank's part of the caches that its processor has; touched between calls that are to find them cold."""
 _DTYPES = {"all_reduce_fp32": torch.float32, "all_reduce_bf16": torch.bfloat16, "all_reduce_fp16": torch.float16}
 
 
@@ -29,7 +31,7 @@ class Timing:
 
     Attributes:
         wall_s: of the slowest rank, median over the repetitions.
-        cpu_s: of a rank's process, all its threads, mean over ranks and repetitions.
+        cpu_s: of a rank's process, all its threads, mean over the ranks, median over the repetitions.
     """
 
     wall_s: float
@@ -72,6 +74,7 @@ class Ranks:
         self.device = torch.device("cpu")
         if dist.get_backend() == "nccl":
             self.device = torch.device("cuda", torch.cuda.current_device())
+        self._rest_of_a_step = torch.zeros(_CACHE_BYTES, dtype=torch.uint8, device=self.device)
         num_nodes = self.world_size // per_node
         # A second number of ranks tells what each message costs from what each call costs.
         pairs = [[k, k + per_node] for k in range(self.world_size - per_node) if k // per_node % 2 == 0]
@@ -107,7 +110,15 @@ class Ranks:
         dist.all_reduce(box, op=dist.ReduceOp.MAX)
         return float(box)
 
-    def time(self, run: Callable[[], object], repeats: int, *, alone: bool = False, takes_part: bool = True) -> Timing:
+    def time(
+        self,
+        run: Callable[[], object],
+        repeats: int,
+        *,
+        alone: bool = False,
+        takes_part: bool = True,
+        cold: bool = False,
+    ) -> Timing:
         """Time a call that all ranks begin together.
 
         Args:
@@ -115,10 +126,13 @@ class Ranks:
             repeats: how often, after one that does not count.
             alone: rank 0 runs it while the others wait.
             takes_part: whether this rank runs it.
+            cold: caches are emptied before each time, as the rest of a step does it.
         """
         walls, cpus = [], []
         mine = takes_part and (not alone or self.rank == 0)
         for index in range(-1, repeats):
+            if cold:
+                self._rest_of_a_step.add_(1)
             self.synchronize()
             dist.barrier()
             begin, cpu = time.perf_counter(), time.process_time()
@@ -136,7 +150,7 @@ class Ranks:
             if index >= 0:
                 walls.append(float(slowest[0]))
                 cpus.append(float(total[1] / total[2]))
-        return Timing(median(walls), sum(cpus) / len(cpus))
+        return Timing(median(walls), median(cpus))
 
     def call(self, kind: str, num_bytes: int, group_name: str, repeats: int) -> Call:
         """Time a collective.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 __all__ = ["COLLECTIVES", "KERNELS", "CollectiveCost", "KernelCost", "Profile"]
 
@@ -18,11 +20,14 @@ COLLECTIVES = ("all_reduce_fp32", "all_reduce_bf16", "all_reduce_fp16", "all_to_
 """The collectives that schemes call."""
 
 KERNELS = (
-    *("to_half", "from_half", "power_sgd_pass", "power_sgd_read", "power_sgd_factor", "power_sgd_orthogonal"),
+    *("to_half", "from_half", "power_sgd_pass", "power_sgd_product", "power_sgd_rank", "power_sgd_orthogonal"),
     *("top_k_choose", "top_k_scatter", "node_mean", "step_mean", "step_planes", "step_sparse"),
     *(f"{what}_{coded}" for what in ("cast", "count", "read") for coded in ("planes", "sparse")),
 )
 """What schemes compute."""
+
+FEW_TENSORS = 4
+"""In so many tensors lie the elements of what was timed."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +35,35 @@ class KernelCost:
     """Time of a kernel on one core, or on the device, that has nothing else to do.
 
     Args:
-        call_s: of each call.
-        element_s: of each element.
+        points: elements and seconds, at least two, by growing elements: what does not fit into a cache, or is given
+            back to the system after each call, costs more by the element than what does.
+        tensor_s: of each tensor beyond the first few, where a kernel goes through them one by one.
+
+    Example:
+        >>> KernelCost(((1000, 1e-3), (2000, 1.5e-3))).seconds(4000)
+        0.0025
     """
 
-    call_s: float = 0.0
-    element_s: float = 0.0
+    points: tuple[tuple[float, float], ...] = ((0.0, 0.0), (1.0, 0.0))
+    tensor_s: float = 0.0
 
-    def seconds(self, elements: float) -> float:
-        """Return the time of a call; a call on nothing is none."""
-        return self.call_s + self.element_s * elements if elements else 0.0
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", tuple((float(n), float(seconds)) for n, seconds in self.points))
+
+    @classmethod
+    def linear(cls, call_s: float, element_s: float = 0.0) -> KernelCost:
+        """Return a cost by call and by element."""
+        return cls(((0.0, call_s), (1.0, call_s + element_s)))
+
+    def seconds(self, elements: float, tensors: int = FEW_TENSORS) -> float:
+        """Return the time of a call: between two points, or beyond them, by a straight line; on nothing, none."""
+        if not elements:
+            return 0.0
+        sizes = [n for n, _ in self.points]
+        right = min(max(bisect.bisect_left(sizes, elements), 1), len(sizes) - 1)
+        (low, before), (high, after) = self.points[right - 1 : right + 1]
+        found = before + (after - before) * (elements - low) / (high - low)
+        return max(0.0, found + self.tensor_s * (tensors - FEW_TENSORS))
 
 
 @dataclass(frozen=True)
@@ -52,7 +76,8 @@ class CollectiveCost:
         call_cpu_s: core-seconds of each call.
         message_cpu_s: core-seconds of each message.
         byte_cpu_s: core-seconds of each byte sent (and received, and reduced).
-        serial: share of processor or wire, whichever is shorter, that does not overlap with the other, 0 to 1.
+        wire: how many times longer its bytes take on the link than the link's bandwidth says, at least 1: where several
+            ranks send to one at the same time, the link's queue is now empty and now too long.
     """
 
     call_s: float = 0.0
@@ -60,7 +85,7 @@ class CollectiveCost:
     call_cpu_s: float = 0.0
     message_cpu_s: float = 0.0
     byte_cpu_s: float = 0.0
-    serial: float = 0.0
+    wire: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -84,8 +109,8 @@ class Profile:
         ValueError: if a number is out of range or a cost is missing.
 
     Example:
-        >>> Profile.ideal().kernels["to_half"]
-        KernelCost(call_s=0.0, element_s=0.0)
+        >>> Profile.ideal().kernels["to_half"].seconds(1e9)
+        0.0
     """
 
     collectives: Mapping[str, CollectiveCost]
@@ -111,13 +136,17 @@ class Profile:
         for name in ("bandwidth_bytes_per_s", "node_bandwidth_bytes_per_s"):
             if getattr(self, name) is not None:
                 numbers[name] = getattr(self, name)
+        numbers |= {f"{name}.wire": cost.wire for name, cost in self.collectives.items()}
         for name, value in numbers.items():
             if not _is_number(value) or value <= 0:
                 raise ValueError(f"a profile's {name} must be a number above zero, got {value!r}")
-        for name, cost in {**self.collectives, **self.kernels}.items():
-            for key, value in vars(cost).items():
-                if not _is_number(value) or not 0 <= value < math.inf:
-                    raise ValueError(f"{key} of {name} must be a number of at least 0, got {value!r}")
+        for name, cost in self.kernels.items():
+            sizes = [n for n, _ in cost.points]
+            if len(sizes) < 2 or any(low >= high for low, high in itertools.pairwise(sizes)):
+                raise ValueError(f"the cost of {name} needs two points or more, by growing elements, got {sizes}")
+            _require_costs(name, {"tensor_s": cost.tensor_s, "points": min(seconds for _, seconds in cost.points)})
+        for name, collective in self.collectives.items():
+            _require_costs(name, vars(collective))
         for name in ("latency_s", "node_latency_s"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < math.inf:
@@ -165,5 +194,11 @@ class Profile:
             raise ValueError(f"the profile {path} is damaged: {error}") from error
 
 
-def _is_number(value: object) -> bool:
+def _require_costs(name: str, values: Mapping[str, object]) -> None:
+    for key, value in values.items():
+        if not _is_number(value) or not 0 <= value < math.inf:
+            raise ValueError(f"{key} of {name} must be a number of at least 0, got {value!r}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

@@ -15,6 +15,7 @@ from distsign.payload import density_for
 from distsign.plan import COALESCE_BYTES, Part, exchange_groups, part_of
 from distsign.simulator.cluster import Cluster
 from distsign.simulator.models import Bucket, Model
+from distsign.simulator.profile import FEW_TENSORS
 from distsign.simulator.units import nearest
 from distsign.traffic import (
     ExchangeBytes,
@@ -35,10 +36,14 @@ class Kernel:
     Args:
         name: in `Profile.kernels`.
         elements: that it goes through.
+        tensors: in which they lie.
+        times: how often it is called.
     """
 
     name: str
     elements: float
+    tensors: int = FEW_TENSORS
+    times: float = 1
 
 
 @dataclass(frozen=True)
@@ -279,15 +284,19 @@ def _plan_power_sgd(scheme: Scheme, model: Model, buckets: list[Bucket], cluster
     for number, bucket in enumerate(buckets):
         shapes = [model.parameters[row].shape for row in bucket.rows]
         whole, p, q = power_sgd_elements(shapes, rank)
+        matrices = sum(power_sgd_elements([shape], rank)[1] > 0 for shape in shapes)
         compressed = bucket.num_elements - whole
         reduced = [ring_all_reduce("all_reduce_fp32", n, 4, cluster) for n in (whole, p, q)]
-        # A product with a thin matrix reads the gradient once, and multiplies as often as the rank says.
-        product = (Kernel("power_sgd_read", compressed), Kernel("power_sgd_factor", rank * compressed))
-        before = Kernel("power_sgd_pass", 2 * compressed)  # the error is added, and the sum kept
-        after = Kernel("power_sgd_pass", 2 * compressed)  # the new error is the difference to what was sent
-        orthogonal = Kernel("power_sgd_orthogonal", rank * p)
-        stages = (reduced[0], reduced[1], orthogonal, *product, reduced[2], *product, after)
-        jobs.append(Job(number, (before, *product), stages))
+        # A product with one column reads the gradient once; each further column multiplies once more.
+        product = (
+            Kernel("power_sgd_product", compressed, matrices),
+            Kernel("power_sgd_rank", compressed, times=rank - 1),
+        )
+        before = Kernel("power_sgd_pass", bucket.num_elements, times=2)  # the error is added, and the sum copied
+        after = Kernel("power_sgd_pass", bucket.num_elements)  # the new error is the difference to what was sent
+        of_q, of_p = (Kernel("power_sgd_orthogonal", rank * n, matrices) for n in (q, p))
+        stages = (reduced[0], reduced[1], of_p, *product, reduced[2], *product, after)
+        jobs.append(Job(number, (before, of_q, *product), stages))
         total += sum(ring_all_reduce_bytes(n, 4, cluster.num_workers) for n in (whole, p, q))
     return _reduced(buckets, jobs, total, cluster)
 
@@ -329,8 +338,10 @@ def _plan_vote(scheme: Scheme, model: Model, buckets: list[Bucket], cluster: Clu
         messages.append(found)
         n = sum(shape.num_elements for shape in shapes)
         counted = n * num_voters if exchange == "all_gather" else n
-        cast, count = Kernel(f"cast_{coded}", n / per_node), Kernel(f"count_{coded}", counted / per_node)
-        read = Kernel(f"read_{coded}", n)
+        tensors = len(shapes)
+        cast = Kernel(f"cast_{coded}", n / per_node, tensors)
+        count = Kernel(f"count_{coded}", counted / per_node, tensors)
+        read = Kernel(f"read_{coded}", n, tensors)
         if per_node == 1:
             wire = _vote_collectives(found, cluster)
             jobs.append(Job(group[-1], (cast,), (wire[0], count, *wire[1:], read)))
