@@ -1,10 +1,11 @@
 """How near do predicted steps come to measured ones, and is the scheme that is predicted to be the fastest the fastest?
 
-In the lab, `calibrate` times collectives and kernels alone, on 2 and 4 ranks at 1 Gbit/s and on 8 at 250 Mbit/s, that
+In the lab, `calibrate` times collectives and kernels alone, at 300 Mbit/s and at 4 Gbit/s, on 2, 4 and 8 ranks that
 share this machine's cores. Everything else is held out: no training step, no model, no other rate is seen by it. Whole
-steps of each scheme are then predicted and measured, on links of 50 Mbit/s to 10 Gbit/s, on 2 to 8 ranks. A number of
-ranks in between takes the profile of the next larger one. Of each model the simulator gets its shapes and the time of
-forward and backward without exchange, measured beside. `python -m benchmarks.simulator` (root, for the lab)
+steps of each scheme are then predicted and measured, on links of 50 Mbit/s to 10 Gbit/s, on 2 to 8 ranks. A setting
+takes the profile of the nearer of the two rates (in logarithms), and of as many ranks or the next larger number. Of
+each model the simulator gets its shapes and the time of forward and backward without exchange, measured beside.
+`python -m benchmarks.simulator` (root, for the lab)
 
 Results are kept as they come in `OUT/simulator-measured.jsonl`; what is there is not measured again, so that a run may
 be broken off and gone on with. `--minutes` bounds a run, `--report` only reports.
@@ -46,8 +47,8 @@ from distsign.simulator.calibrate import calibrate
 from distsign.simulator.units import parse_bandwidth
 from launch.metrics import read_lines
 
-CALIBRATED_RATE, CALIBRATED_RANKS = {2: "1gbit", 4: "1gbit", 8: "250mbit"}, (2, 4, 8)
-"""On faster links eight ranks on two cores are not kept waiting by the link, and say nothing of it."""
+CALIBRATED_RATES, CALIBRATED_RANKS = ("300mbit", "4gbit"), (2, 4, 8)
+"""A profile is that of the user's links: what a byte costs the processor depends on how fast they come."""
 LARGEST_ERROR, NEAR_ENOUGH, CORES_MATTER = 0.20, 0.03, 0.05
 
 SIMULATED = {
@@ -181,28 +182,31 @@ class Results:
         with self._path.open("a") as file:
             file.write(json.dumps({"key": key, "ms": ms}) + "\n")
 
-    def profile_path(self, num_ranks: int, ranks_per_node: int) -> Path:
-        """Return the file of the profile that a setting takes: that of as many ranks, or the next larger number."""
-        ranks_calibrated = next(k for k in CALIBRATED_RANKS if k >= num_ranks)
-        return self.folder / f"simulator-profile-{ranks_calibrated}-{ranks_per_node}.json"
+    def profile_path(self, setting: Setting) -> Path:
+        """Return the file of the profile that a setting takes: that of the nearest link and of enough ranks."""
+        name = f"simulator-profile-{_calibrated_rate(setting)}-{_calibrated_ranks(setting)}-{setting.ranks_per_node}"
+        return self.folder / f"{name}.json"
+
+
+def _calibrated_ranks(setting: Setting) -> int:
+    return next(k for k in CALIBRATED_RANKS if k >= setting.num_ranks)
+
+
+def _calibrated_rate(setting: Setting) -> str:
+    rate = math.log(parse_bandwidth(setting.rate))
+    return min(CALIBRATED_RATES, key=lambda each: abs(math.log(parse_bandwidth(each)) - rate))
 
 
 def _calibrate_for(setting: Setting, results: Results, seconds: float) -> None:
-    path = results.profile_path(setting.num_ranks, setting.ranks_per_node)
+    path, rate, num_ranks = results.profile_path(setting), _calibrated_rate(setting), _calibrated_ranks(setting)
     if path.exists():
         return
-    num_ranks = next(k for k in CALIBRATED_RANKS if k >= setting.num_ranks)
-    print(f"  calibrating on {num_ranks} ranks, {setting.ranks_per_node} a node", file=sys.stderr, flush=True)
+    print(f"  calibrating on {num_ranks} ranks, {setting.ranks_per_node} a node, {rate}", file=sys.stderr, flush=True)
     ranks.run_on_ranks(
         "benchmarks.simulator:calibrated",
-        {
-            "rate": CALIBRATED_RATE[num_ranks],
-            "ranks_per_node": setting.ranks_per_node,
-            "seconds": seconds,
-            "path": str(path.resolve()),
-        },
+        {"rate": rate, "ranks_per_node": setting.ranks_per_node, "seconds": seconds, "path": str(path.resolve())},
         num_ranks=num_ranks,
-        rate=CALIBRATED_RATE[num_ranks],
+        rate=rate,
         ranks_per_node=setting.ranks_per_node,
         deadline_s=240 + 10 * seconds,
     )
@@ -231,7 +235,7 @@ def _measure_setting(setting: Setting, results: Results, options: argparse.Names
 
 def predict(setting: Setting, results: Results, name: str, compute_s: float, *, cores: float | None = None) -> float:
     """Return the predicted milliseconds of a step."""
-    profile = Profile.load(results.profile_path(setting.num_ranks, setting.ranks_per_node))
+    profile = Profile.load(results.profile_path(setting))
     if cores is not None:
         profile = replace(profile, cores=cores)
     link = Link(parse_bandwidth(setting.rate), profile.latency_s)

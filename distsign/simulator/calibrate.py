@@ -82,12 +82,15 @@ class LinkFit:
     collectives: dict[str, CollectiveCost]
 
 
-def fit_collectives(calls: Sequence[Call], stretch: float, nominal_bytes_per_s: float | None = None) -> LinkFit:
+def fit_collectives(
+    calls: Sequence[Call], stretch: float, bandwidth_bytes_per_s: float, nominal_bytes_per_s: float | None = None
+) -> LinkFit:
     """Fit a link and the costs of collectives on it.
 
     Args:
         calls: what was timed, of each kind on several sizes.
         stretch: how many times longer work takes because ranks share cores.
+        bandwidth_bytes_per_s: what two ranks got through the link while the others were silent; see `bandwidth_of`.
         nominal_bytes_per_s: what the link is sold as; None where that is not known.
     """
     walls, cpus = {}, {}
@@ -101,15 +104,12 @@ def fit_collectives(calls: Sequence[Call], stretch: float, nominal_bytes_per_s: 
         cpu = np.array([max(call.timing.cpu_s, 1e-7) for call in mine])
         walls[kind] = non_negative_fit(np.stack([ones, messages, link], 1), wall)
         cpus[kind] = non_negative_fit(np.stack([ones, messages, sent], 1), cpu)
-    bandwidth = _bandwidth(calls)
-    fastest = 1 / bandwidth
-    busiest = max(stretch * c[2] for c in cpus.values())
-    is_limit = fastest > 1.2 * min(busiest, stretch * min(c[2] for c in cpus.values()))
+    bandwidth, least_cpu = bandwidth_bytes_per_s, min(cost[2] for cost in cpus.values())
+    is_limit = 1 / bandwidth > 1.2 * least_cpu
     if nominal_bytes_per_s is not None:
         is_limit = bandwidth >= _LINK_LIMITED * nominal_bytes_per_s
-    wire = fastest if is_limit else 0.0
-    if not is_limit and nominal_bytes_per_s is not None:
-        wire, bandwidth = 1 / nominal_bytes_per_s, nominal_bytes_per_s
+        bandwidth = bandwidth if is_limit else nominal_bytes_per_s
+    fastest = max(min(cost[2] for cost in walls.values()), 1 / bandwidth)
     delays = {kind: max(0.0, walls[kind][1] - stretch * cpus[kind][1]) for kind in walls}
     rings = [delay for kind, delay in delays.items() if kind != "all_to_all"]
     latency = min(rings, default=0.0)
@@ -125,21 +125,25 @@ def fit_collectives(calls: Sequence[Call], stretch: float, nominal_bytes_per_s: 
             call_cpu_s=float(call_cpu),
             message_cpu_s=float(message_cpu),
             byte_cpu_s=float(byte_cpu),
-            wire=max(1.0, float(byte_s) / wire) if is_limit else 1.0,
+            # Beside the fastest ring, in which each rank hears one other: what both wait for is not the wire's.
+            wire=max(1.0, float(byte_s) / fastest) if is_limit else 1.0,
         )
     return LinkFit(float(bandwidth), float(latency), bool(is_limit), found)
 
 
-def _bandwidth(calls: Sequence[Call]) -> float:
-    """Return the most bytes per second that any collective got through the link.
+def bandwidth_of(calls: Sequence[Call]) -> float:
+    """Return the most bytes per second that any collective got through a link.
 
     By its two largest messages: of a whole call, latency and what each call costs take a part; of the difference
     between two, disturbances do. Both can only be too slow but for what passes a pause unshaped, in which the
     difference has no part: of a collective the lower counts, and the fastest collective for all.
+
+    Args:
+        calls: between two ranks, of each kind on several sizes.
     """
-    series: dict[tuple[str, int], list[Call]] = {}
+    series: dict[str, list[Call]] = {}
     for call in sorted(calls, key=lambda call: call.link_bytes):
-        series.setdefault((call.kind, call.messages), []).append(call)
+        series.setdefault(call.kind, []).append(call)
     best = 0.0
     for small, large in (each[-2:] for each in series.values() if len(each) > 1):
         longer_s = large.timing.wall_s - small.timing.wall_s
@@ -204,7 +208,11 @@ def calibrate(
 
 def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, repeats: int) -> Profile | None:
     on_cpu = ranks.device.type == "cpu"
-    plan = [(group, kind) for group in ranks.groups for kind in COLLECTIVES]
+    plan = [
+        (group, kind)
+        for group in ranks.groups
+        for kind in (COLLECTIVES if group != "one link" else ("all_reduce_fp32", "all_to_all"))
+    ]
     with _progress(len(plan) + len(_KERNEL_SIZES) + 2, ranks.rank) as advance:
         cores = _cores(ranks, repeats) if on_cpu else math.inf
         stretch = max(1.0, ranks.per_machine / cores)
@@ -216,8 +224,9 @@ def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, 
             advance()
     if ranks.rank != 0:
         return None
-    outer = fit_collectives([*calls["all"], *calls.get("pairs", [])], stretch, nominal_bytes_per_s)
-    inner = fit_collectives(calls["node"], stretch) if "node" in calls else None
+    bandwidth = bandwidth_of(calls["one link"])
+    outer = fit_collectives([*calls["all"], *calls.get("pairs", [])], stretch, bandwidth, nominal_bytes_per_s)
+    inner = fit_collectives(calls["node"], stretch, bandwidth_of(calls["node"])) if "node" in calls else None
     efficiency = 1.0
     if nominal_bytes_per_s is not None and outer.is_limit:
         efficiency = min(1.0, outer.bandwidth_bytes_per_s / nominal_bytes_per_s)

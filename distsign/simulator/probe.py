@@ -83,13 +83,15 @@ class Ranks:
         self._groups: dict[str, dist.ProcessGroup | None] = {"all": _group([list(range(self.world_size))], self.rank)}
         if self.world_size > 2:
             self._groups["pairs"] = _group(pairs, self.rank)
+        # What a link carries is seen where nobody waits for a core.
+        self._groups["one link"] = _group([[0, per_node % self.world_size or 1]], self.rank)
         if 1 < per_node < self.world_size:
             nodes = [list(range(k, k + per_node)) for k in range(0, self.world_size, per_node)]
             self._groups["node"] = _group(nodes, self.rank)
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Names of the groups: `all`, `pairs` (between nodes where there are several), `node`."""
+        """Names of the groups: `all`, `pairs` (between nodes where there are several), `one link` (one pair), `node`."""
         return tuple(self._groups)
 
     def close(self) -> None:
@@ -163,12 +165,12 @@ class Ranks:
         """
         group = self._groups[group_name]
         # Ranks without a pair wait, and know the size of a pair all the same.
-        size = {"all": self.world_size, "pairs": 2, "node": self.per_node}[group_name]
+        size = {"all": self.world_size, "pairs": 2, "one link": 2, "node": self.per_node}[group_name]
         takes_part = group is not None
         run, sent, messages = self._prepared(kind, num_bytes, group, size)
         between = (size - self.per_node) / (size - 1) if group_name == "all" and size > self.per_node else 1.0
         together = 1.0 if kind != "all_to_all" and group_name == "all" else float(self.per_node)
-        if group_name == "node" or self.per_node == self.world_size:
+        if group_name in ("node", "one link") or self.per_node == self.world_size:
             between = together = 1.0
         timing = self.time(run, repeats, takes_part=takes_part)
         crossing = between if kind == "all_to_all" else 1.0
