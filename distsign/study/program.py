@@ -1,15 +1,16 @@
 """The training program of a study: asked, before anything is trained, which cells it can run.
 
-A program takes `--check` alone, reads `{"cells": [{"ranks": 4, "arguments": ["--lr=0.1", "--seed=0"]}]}` from stdin and
-writes one line of JSON: `file`, where its source is; `choices`, its options with the values that each may have, or null;
-`cells`, for each either `options`, complete with defaults, or `error`. With `--metrics=FILE` it writes JSON lines there,
-whose `event` is `start`, `test` or `end`. `launch.train` is such a program.
+A program takes `--check` alone, reads `{"cells": [{"ranks": 4, "arguments": ["--lr=0.1", "--seed=0"]}]}` from stdin
+and writes one line of JSON: `file`, where its source is; `choices`, its options with the values that each may have, or
+null; `cells`, for each either `options`, complete with defaults, or `error`. With `--metrics=FILE` it writes JSON lines
+there, whose `event` is `start`, `test` or `end`. `launch.train` is such a program.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -116,10 +117,10 @@ def _answer(study: Study, command: Sequence[str], question: str) -> dict[str, An
         [sys.executable, *command, "--check"], input=question, capture_output=True, text=True, check=False
     )
     said = done.stderr.strip().splitlines()
-    if done.returncode != 0 and said and "No module named" in said[-1]:
+    if done.returncode != 0 and said and re.match(".*: (No module named|Error while finding module)", said[-1]):
         raise ValueError(
-            f"{study.path}: the program {study.program!r} cannot be found ({said[-1].split(': ')[-1]}): run the study in "
-            "a checkout or install distsign with its launch package, or name another program"
+            f"{study.path}: the program {study.program!r} cannot be found: run the study in a checkout of distsign, "
+            "or name another with program = ..."
         )
     try:
         answer = json.loads(done.stdout.splitlines()[-1])

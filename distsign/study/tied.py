@@ -1,7 +1,7 @@
 """Started as a file: become another command, which gets SIGTERM when the process that started it dies.
 
-A runner that is killed cannot end its cells; so the kernel does. Nothing of distsign is imported here: it starts at once.
-Arguments: the starter's process id, then the command.
+A runner that is killed cannot end its cells; so the kernel does. Nothing of distsign is imported here: it must start
+at once. Arguments: the starter's process id, then the command.
 """
 
 from __future__ import annotations
