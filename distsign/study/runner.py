@@ -202,7 +202,7 @@ def last_words(log: str) -> str:
         >>> last_words("  1%| 1/9\nboom\nE1126 18:00:00.1 7 torch/distributed/elastic/api.py:9] failed (exitcode: 1)")
         'boom'
     """
-    lines = []
+    lines: list[str] = []
     for line in log.splitlines():
         if line[:1] in "EWI" and "torch/distributed/" in line and lines:
             break

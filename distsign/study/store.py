@@ -171,7 +171,7 @@ def _problem(values: Any) -> str | None:
     """Return what is wrong with a row, None where nothing is."""
     if not isinstance(values, dict):
         return "it is no JSON object"
-    kinds = {
+    kinds: dict[str, type | tuple[type, ...]] = {
         **{"key": str, "configuration": dict, "version": str, "ended": str, "wall_s": (int, float), "jobs": int},
         **{"metrics": list, "error": (str, type(None)), "format": int},
     }

@@ -222,8 +222,10 @@ def simulated_s(
 
 
 def _mean(lines: Iterable[Mapping[str, Any]], name: str) -> float | None:
+    """Return the mean of a number; None where a line does not have it."""
     values = [line.get(name) for line in lines]
-    return fmean(values) if values and None not in values else None  # type: ignore[type-var]
+    known = [float(value) for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
 
 
 def _reached(reach: Reach, results: Sequence[Result], higher_is_better: bool, scheme: str) -> Reached:
