@@ -1,4 +1,4 @@
-"""The command `distsign`: simulate a cluster, and calibrate the simulator on real ranks."""
+"""The command `distsign`: simulate a cluster, calibrate the simulator on real ranks, run a study."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from distsign.simulator.presets import PRESETS
 from distsign.simulator.report import BASELINES, compare, draw
 from distsign.simulator.schemes import SCHEMES, default_schemes
 from distsign.simulator.units import format_bandwidth, format_seconds, parse_bandwidth, parse_seconds
+from distsign.study import command as study
 
 __all__ = ["main"]
 
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_simulate(commands.add_parser("simulate", help="bytes and time of schemes on a cluster"))
     _add_calibrate(commands.add_parser("calibrate", help="measure links and kernels; run it under torchrun"))
+    study.add_arguments(commands.add_parser("study", help="run what is missing of a study file, and report"))
     return parser
 
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from distsign import reshard
 from distsign.kernels import kernels_for
-from launch import checkpoint
+from launch import check, checkpoint
 from launch.data import DataError
 from launch.fetch import fetch_fashion_mnist
 from launch.metrics import MetricsFile, describe_machine
@@ -253,6 +253,7 @@ class Trainer:
             "first_step": self.progress.step,
             "num_parameters": sum(p.numel() for p in self.net.parameters()),
             "metric": self.task.metric,
+            "higher_is_better": self.task.higher_is_better,
             "data": self.task.source,
             "device": str(self.device),
             **describe_machine(),
@@ -319,6 +320,9 @@ class Trainer:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; does not return where the user has made a mistake."""
     try:
+        if (sys.argv[1:] if argv is None else argv) == [check.FLAG]:
+            check.answer(sys.stdin, sys.stdout)
+            return
         options = parse_options(argv)
         ranks = Ranks.from_environment()
         options.check_ranks(ranks.world_size)

@@ -25,7 +25,8 @@ LAYERS: list[set[str]] = [
     {"pipeline"},
     {"hook"},
     {"rivals", "robustness"},
-    {"simulator", "study"},
+    {"simulator"},
+    {"study"},
     {"cli"},
     {"__main__"},
     {""},  # distsign/__init__.py, the public names
