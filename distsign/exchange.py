@@ -26,7 +26,16 @@ from distsign.payload import Form
 from distsign.traffic import ExchangeBytes
 from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Header, PayloadError
 
-__all__ = ["EXCHANGES", "Verdicts", "VoteExchange", "all_to_all", "world_size_of"]
+__all__ = [
+    "EXCHANGES",
+    "Verdicts",
+    "VoteExchange",
+    "all_gather",
+    "all_to_all",
+    "gather_values",
+    "ranks_of",
+    "world_size_of",
+]
 
 EXCHANGES = ("two_phase", "all_gather", "hierarchical")
 T = TypeVar("T")
@@ -73,6 +82,35 @@ def all_to_all(
         work.wait()
 
 
+def all_gather(source: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return `source` of all ranks of the group, one row each: `[world_size, n]`, on the device of `source`. Blocks."""
+    if world_size_of(group) == 1:
+        return source.unsqueeze(0)
+    # NCCL carries no tensors of the CPU.
+    on_wire = source.cuda() if dist.get_backend(group) == "nccl" else source
+    target = on_wire.new_empty(dist.get_world_size(group), source.numel())
+    # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(target.view(-1), on_wire, group=group)
+    return target.to(source.device)
+
+
+def gather_values(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Return every rank's `value`, in order of rank, pickled: for what all ranks of the group may trust. Blocks."""
+    if world_size_of(group) == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
+    """Return the global ranks of a group, None being the default one; `[0]` where no process group was initialised."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [0]
+    return dist.get_process_group_ranks(group or dist.group.WORLD)
+
+
 class _Link:
     """A process group through which bytes are sent, and counted.
 
@@ -100,10 +138,7 @@ class _Link:
         """Return `source` of all ranks, one row each."""
         if self.group is None:
             return source.unsqueeze(0)
-        target = source.new_empty(self.world_size, source.numel())
-        # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
-        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        all_gather(target.view(-1), source, group=self.group)
+        target = all_gather(source, self.group)
         others = (self.world_size - 1) * source.numel() * source.itemsize
         self.sent_bytes += others
         self.received_bytes += others
@@ -201,11 +236,7 @@ class VoteExchange:
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's `value`, in order of rank. Blocks."""
-        if self._all.group is None:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._all.group)
-        return values
+        return [value] if self._all.group is None else gather_values(value, self._all.group)
 
     def broadcast(self, value: T, source: int) -> T:
         """Return what rank `source` of this group gave, a nest of dicts, lists and tuples with tensors in it. Blocks.
