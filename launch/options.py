@@ -74,12 +74,13 @@ class TrainOptions:
     checkpoint: str | None
     checkpoint_every: int | None
     stop_after: int | None
+    check_replicas: int
     resume: str | None
     metrics: str | None
 
     # What may differ between a run and the one that resumes it; all else decides the numbers.
     _OF_NO_CONSEQUENCE = frozenset(
-        {"data", "device", "checkpoint", "checkpoint_every", "stop_after", "resume", "metrics"}
+        {"data", "device", "checkpoint", "checkpoint_every", "stop_after", "check_replicas", "resume", "metrics"}
     )
 
     def trajectory(self) -> dict[str, Any]:
@@ -153,6 +154,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{_flag(name)} must be 1 or more, got {value}")
+        if self.check_replicas < 0:
+            raise UsageError(f"--check-replicas must be 0 (never) or more, got {self.check_replicas}")
         if self.epochs is not None and not 0 < self.epochs < 1e6:
             raise UsageError(f"--epochs must be above 0, got {self.epochs:g}")
         if not 0 <= self.seed < 2**63:
@@ -233,6 +236,13 @@ def make_parser() -> argparse.ArgumentParser:
     out.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="by default at the end only")
     out.add_argument(
         "--stop-after", type=int, metavar="STEPS", help="end this process early, after so many steps and a checkpoint"
+    )
+    out.add_argument(
+        "--check-replicas",
+        type=int,
+        default=100,
+        metavar="STEPS",
+        help="compare parameters and optimizer state between the ranks so often, and before a checkpoint; 0: never",
     )
     out.add_argument(
         "--resume",
