@@ -12,7 +12,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-__all__ = ["digest"]
+__all__ = ["CHECKSUM_BYTES", "checksums", "digest"]
+
+CHECKSUM_BYTES = 4
 
 _COLUMNS, _ROWS = 4096, 256  # words of a row, rows of a block: on the device 8 MB of products at a time
 
@@ -36,9 +38,23 @@ def digest(tensor: Tensor) -> Tensor:
     """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if data.device.type == "cpu":
-        found = xxhash.xxh3_64_intdigest(memoryview(data.numpy()))
+        found = xxhash.xxh3_64_intdigest(data.numpy().data)
         return torch.tensor(found - (1 << 63), dtype=torch.int64)
     return _multilinear(data)
+
+
+def checksums(rows: Tensor) -> Tensor:
+    """Return a checksum of each row: the upper half of its digest, uint8 `[num_rows, CHECKSUM_BYTES]`.
+
+    Args:
+        rows: `[num_rows, n]`.
+
+    Example:
+        >>> checksums(torch.zeros(2, 5, dtype=torch.uint8)).shape
+        torch.Size([2, 4])
+    """
+    found = torch.stack([digest(row) for row in rows])
+    return found.unsqueeze(1).view(torch.uint8)[:, -CHECKSUM_BYTES:]
 
 
 def _multilinear(data: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ _VOTE_DEFAULTS = (
     ("carry", "auto"),
     ("owner_carry", "auto"),
     ("bits_per_param", None),
+    ("checksum", False),
 )
 
 
@@ -64,6 +65,7 @@ class TrainOptions:
     carry: str
     owner_carry: str
     bits_per_param: float | None
+    checksum: bool
     bucket_cap_mb: float
     batch_size: int
     steps: int | None
@@ -227,6 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
     link.add_argument("--carry", choices=CARRIES, default="auto", help="what a rank keeps of ballots it did not cast")
     link.add_argument("--owner-carry", choices=OWNER_CARRIES, default="auto", help="what owners keep of votes")
     link.add_argument("--bits-per-param", type=float, metavar="BITS", help="budget per parameter and direction")
+    link.add_argument("--checksum", action="store_true", help="4 bytes more a payload, to find what a link damaged")
     link.add_argument("--bucket-cap-mb", type=float, default=25.0, help="DDP's bucket size, in MiB")
 
     out = parser.add_argument_group("results")
