@@ -10,6 +10,7 @@ from distsign.confidence import AdaptiveConfidence, Confidence, FixedConfidence,
 from distsign.hook import SignVoteState, sign_vote_hook
 from distsign.optim import SignAdam, SignAdamPP, SignSGD, Signum
 from distsign.registry import VoteError
+from distsign.replicas import ReplicaCheck, ReplicaError
 from distsign.resharding import reshard
 from distsign.traffic import Traffic
 
@@ -18,6 +19,8 @@ __all__ = [
     "Confidence",
     "FixedConfidence",
     "RMSConfidence",
+    "ReplicaCheck",
+    "ReplicaError",
     "SignAdam",
     "SignAdamPP",
     "SignSGD",

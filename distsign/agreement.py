@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-__all__ = ["require_agreement"]
+__all__ = ["ranks_in_words", "require_agreement"]
 
 
 def require_agreement(options: Sequence[Mapping[str, object]]) -> None:
@@ -29,13 +29,14 @@ def require_agreement(options: Sequence[Mapping[str, object]]) -> None:
         for rank, values in enumerate(options):
             ranks_by_value.setdefault(repr(values[name]) if name in values else "missing", []).append(rank)
         if len(ranks_by_value) > 1:
-            said = [f"{value} on {_ranks(ranks)}" for value, ranks in ranks_by_value.items()]
+            said = [f"{value} on {ranks_in_words(ranks)}" for value, ranks in ranks_by_value.items()]
             differences.append(f"{name} is {', but '.join(said)}")
     if differences:
         raise ValueError(f"the ranks' options differ: {'; '.join(differences)}. Start all with the same")
 
 
-def _ranks(ranks: list[int]) -> str:
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """Return ranks as an error names them: `rank 1`, or `ranks 0, 1 and 3`."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"

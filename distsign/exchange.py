@@ -26,7 +26,16 @@ from distsign.payload import Form
 from distsign.traffic import ExchangeBytes
 from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Header, PayloadError
 
-__all__ = ["EXCHANGES", "Verdicts", "VoteExchange", "all_to_all", "world_size_of"]
+__all__ = [
+    "EXCHANGES",
+    "Verdicts",
+    "VoteExchange",
+    "all_gather",
+    "all_to_all",
+    "gather_values",
+    "ranks_of",
+    "world_size_of",
+]
 
 EXCHANGES = ("two_phase", "all_gather", "hierarchical")
 T = TypeVar("T")
@@ -73,6 +82,35 @@ def all_to_all(
         work.wait()
 
 
+def all_gather(source: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return `source` of all ranks of the group, one row each: `[world_size, n]`, on the device of `source`. Blocks."""
+    if world_size_of(group) == 1:
+        return source.unsqueeze(0)
+    # NCCL carries no tensors of the CPU.
+    on_wire = source.cuda() if dist.get_backend(group) == "nccl" else source
+    target = on_wire.new_empty(dist.get_world_size(group), source.numel())
+    # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(target.view(-1), on_wire, group=group)
+    return target.to(source.device)
+
+
+def gather_values(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Return every rank's `value`, in order of rank, pickled: for what all ranks of the group may trust. Blocks."""
+    if world_size_of(group) == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
+    """Return the global ranks of a group, None being the default one; `[0]` where no process group was initialised."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [0]
+    return dist.get_process_group_ranks(group or dist.group.WORLD)
+
+
 class _Link:
     """A process group through which bytes are sent, and counted.
 
@@ -100,10 +138,7 @@ class _Link:
         """Return `source` of all ranks, one row each."""
         if self.group is None:
             return source.unsqueeze(0)
-        target = source.new_empty(self.world_size, source.numel())
-        # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
-        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        all_gather(target.view(-1), source, group=self.group)
+        target = all_gather(source, self.group)
         others = (self.world_size - 1) * source.numel() * source.itemsize
         self.sent_bytes += others
         self.received_bytes += others
@@ -127,10 +162,23 @@ class VoteExchange:
         kind: `"two_phase"` (bytes per rank flat in the number of ranks) or `"all_gather"` (each rank counts all ballots
             itself, so that no owner needs to be trusted).
         ranks_per_node: consecutive ranks that make a node; 1 for a vote of all.
+        checksum: whether payloads end with one. A payload that is damaged then poisons the step, and `agree_on_damage`
+            tells all ranks.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None, kind: str, ranks_per_node: int = 1) -> None:
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None,
+        kind: str,
+        ranks_per_node: int = 1,
+        *,
+        checksum: bool = False,
+    ) -> None:
         self.kind = kind
+        self._checksum = checksum
+        # Of this step: 1 + the rank that wrote a payload which came here damaged, or 0.
+        self._damage = torch.zeros((), dtype=torch.int64)
+        self._ranks_per_node = ranks_per_node
         self._all = _Link(None)
         self._node = _Link(None)
         self._voters = self._all
@@ -201,11 +249,7 @@ class VoteExchange:
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's `value`, in order of rank. Blocks."""
-        if self._all.group is None:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._all.group)
-        return values
+        return [value] if self._all.group is None else gather_values(value, self._all.group)
 
     def broadcast(self, value: T, source: int) -> T:
         """Return what rank `source` of this group gave, a nest of dicts, lists and tuples with tensors in it. Blocks.
@@ -281,19 +325,19 @@ class VoteExchange:
         own = ballots.sizes[self.rank]
         found = self._voters.all_to_all(buffer, list(ballots.sizes), [own] * self.num_voters)
         received = found.view(self.num_voters, own)
-        poisoned = self._check(received[:, :HEADER_BYTES], [ballots.headers[self.rank]] * self.num_voters)
+        poisoned = self._check(ballots, {self.rank: received}, self.local_rank)
         payload = self._count(ballots, verdicts, self.rank, received, poisoned, owner, starts, kernels)
         own = verdicts.sizes[self.rank]
         return self._voters.all_to_all(payload.repeat(self.num_voters), [own] * self.num_voters, list(verdicts.sizes))
 
-    def read(self, verdicts: Form, payloads: Tensor, kernels: Kernels) -> Verdicts:
-        """Open what `vote` returned, here or on another rank of the node.
+    def read(self, verdicts: Form, payloads: Tensor, kernels: Kernels, column: int = 0) -> Verdicts:
+        """Open what `vote` returned, here or on another rank of the node, the one of number `column`.
 
         Raises:
             PayloadError: if a payload is not what this rank expects.
         """
-        rows = torch.stack([payloads[at : at + HEADER_BYTES] for at in verdicts.offsets])
-        poisoned = self._check(rows, list(verdicts.headers))
+        parts = enumerate(torch.split(payloads, list(verdicts.sizes)))
+        poisoned = self._check(verdicts, {owner: part.unsqueeze(0) for owner, part in parts}, column)
         planes, crowded, mean, ok = verdicts.open_all(payloads, kernels)
         return Verdicts(planes, crowded, mean, self._require(ok, poisoned, "verdicts"))
 
@@ -301,11 +345,10 @@ class VoteExchange:
         self, ballots: Form, verdicts: Form, buffer: Tensor, owner: Owner, starts: IntArray, kernels: Kernels
     ) -> Tensor:
         received = self._voters.all_gather(buffer)
-        rows = torch.cat([received[:, at : at + HEADER_BYTES] for at in ballots.offsets])
-        poisoned = self._check(rows, [header for header in ballots.headers for _ in range(self.num_voters)])
+        parts = [part.contiguous() for part in torch.split(received, list(ballots.sizes), dim=1)]
+        poisoned = self._check(ballots, dict(enumerate(parts)), self.local_rank)
         payloads = []
-        for k, (at, size) in enumerate(zip(ballots.offsets, ballots.sizes, strict=True)):
-            mine = received[:, at : at + size].contiguous()
+        for k, mine in enumerate(parts):
             payloads.append(self._count(ballots, verdicts, k, mine, poisoned, owner, starts, kernels))
         # Sealed although nothing travels: so both exchanges come to the same, whatever the caps are.
         return torch.cat(payloads)
@@ -323,13 +366,16 @@ class VoteExchange:
     ) -> Tensor:
         """Turn all workers' payloads on one shard into the payload of its verdicts."""
         found = ballots.open(shard, received)
+        mean = _mean(found.raw)
+        # Finite numbers may well have an infinite sum.
+        poisoned = poisoned | ~mean.isfinite().all()
         planes, too_many, ok = owner.count(found, ballots.layout, shard, verdicts.caps, starts, kernels)
         poisoned = self._require(ok, poisoned, "ballots")
         crowded = None
         if found.crowded is not None:
             # A minority cannot raise the thresholds of all by claiming to be crowded.
             crowded = too_many | (2 * found.crowded.sum(0) >= self.num_voters)
-        return verdicts.seal_one(shard, planes, crowded, _mean(found.raw), poisoned, kernels)
+        return verdicts.seal_one(shard, planes, crowded, mean, poisoned, kernels)
 
     def _require(self, ok: Tensor, poisoned: Tensor, what: str) -> Tensor:
         """Raise if a body was malformed; on CUDA, where that would wait, poison the step and remember it."""
@@ -346,22 +392,64 @@ class VoteExchange:
         self._mismatch = bad if self._mismatch is None else self._mismatch | bad
         return poisoned | bad
 
-    def _check(self, rows: Tensor, expected: list[Header]) -> Tensor:
-        """Hold each header against the expected one; return whether any carries poison.
+    def _check(self, form: Form, payloads: dict[int, Tensor], column: int) -> Tensor:
+        """Hold each header against the expected one; return whether any payload carries poison or came damaged.
 
-        Rows come in order of the sender, `num_voters` of them or a multiple.
+        Args:
+            form: of the payloads.
+            payloads: by owner, uint8 `[num_senders, sizes[owner]]`: verdicts of the owner itself, or the ballots of all
+                voters.
+            column: number in its node of the ranks that wrote them.
         """
-        poisoned = ((rows[:, POISON_BYTE] & POISON_FLAG) != 0).any()
+        rows = torch.cat([part[:, :HEADER_BYTES] for part in payloads.values()])
+        expected = [form.headers[owner] for owner, part in payloads.items() for _ in part]
+        senders = [owner if form.verdict else k for owner, part in payloads.items() for k in range(part.shape[0])]
+        damaged = torch.cat([form.damaged(part) for part in payloads.values()])
+        poisoned = ((rows[:, POISON_BYTE] & POISON_FLAG) != 0).any() | damaged.any()
+        if self._checksum:
+            writers = torch.tensor([k * self._ranks_per_node + column for k in senders], device=rows.device)
+            self._damage = torch.maximum(self._damage.to(rows.device), (damaged * (1 + writers)).max())
         if rows.device.type == "cpu":
+            fine = (~damaged).tolist()
             for k, header in enumerate(expected):
-                Header.expect(bytes(rows[k].tolist()), header, sender=k % self.num_voters, receiver=self.rank)
+                if fine[k]:  # else the header is not to be believed either
+                    Header.expect(bytes(rows[k].tolist()), header, sender=senders[k], receiver=self.rank)
             return poisoned
         want = torch.tensor([list(header.encode()) for header in expected], dtype=torch.uint8, device=rows.device)
         keep = torch.full((HEADER_BYTES,), 255, dtype=torch.uint8, device=rows.device)
         keep[POISON_BYTE] = 255 - POISON_FLAG
-        bad = (((rows ^ want) & keep) != 0).any()
+        bad = (((rows ^ want) & keep) != 0).any() | damaged.any()
         self._mismatch = bad if self._mismatch is None else self._mismatch | bad
         return poisoned | bad
+
+    def agree_on_damage(self) -> Tensor:
+        """Let all ranks learn whether a checksum of this step did not match anywhere; all must call it at its end.
+
+        So that no rank takes a step that another does not: what came damaged to one has reached the others well.
+
+        Returns:
+            bool scalar tensor on the device of the payloads, alike on all ranks: whether the step must be poisoned.
+
+        Raises:
+            PayloadError: on the CPU, on all ranks alike, if a payload came damaged; it names who wrote it and who got
+                it. On CUDA, where this would wait, `raise_if_mismatched` says so later.
+        """
+        damage, self._damage = self._damage, torch.zeros_like(self._damage)
+        if not self._checksum:
+            return damage != 0
+        by_node = self._voters.all_gather(damage.view(1)).view(-1)
+        everyones = self._node.all_gather(by_node).t().flatten()  # in order of rank
+        bad = (everyones != 0).any()
+        if bad.device.type != "cpu":
+            self._mismatch = bad if self._mismatch is None else self._mismatch | bad
+        elif bad:
+            receiver = int(everyones.ne(0).nonzero()[0])
+            raise PayloadError(
+                f"a payload that rank {int(everyones[receiver]) - 1} wrote did not reach rank {receiver} as it was "
+                "written: its checksum does not match. All ranks have left the step out; go on from a checkpoint, and "
+                "look at the link between these ranks and at their memory"
+            )
+        return bad
 
     def raise_if_mismatched(self) -> None:
         """Raise what a header check on CUDA has found since. Waits for the device.
@@ -371,8 +459,9 @@ class VoteExchange:
         """
         if self._mismatch is not None and bool(self._mismatch):
             raise PayloadError(
-                f"a payload that reached {self.describe()} had a header other than expected; that step was poisoned on "
-                "all ranks. The ranks do not train the same model with the same options"
+                f"a payload that reached {self.describe()} had a header other than expected, or there was one whose "
+                "checksum did not match; that step was poisoned on all ranks. The ranks do not train the same model "
+                "with the same options, or a link or a memory is faulty"
             )
 
 

@@ -39,6 +39,7 @@ class VoteOptions:
     l2: float
     exclude: tuple[str, ...]
     ranks_per_node: int
+    checksum: bool = False
 
     @property
     def capped(self) -> bool:
@@ -65,6 +66,7 @@ class VoteOptions:
         exclude: object,
         ranks_per_node: object,
         is_subgroup: bool,
+        checksum: object = False,
     ) -> VoteOptions:
         """Return the options with their defaults filled in.
 
@@ -88,6 +90,8 @@ class VoteOptions:
             raise ValueError(f"bits_per_param must be a number above 0, or None, got {bits_per_param!r}")
         if bits_per_param is not None and wire == "planes":
             raise ValueError("bits_per_param fixes the size of sparse payloads: leave wire='planes' out")
+        if not isinstance(checksum, bool):
+            raise ValueError(f"checksum must be True or False, got {checksum!r}")
         kept = _carry_dtype(carry, confidence, bits_per_param)
         owner_kept = _owner_carry(owner_carry, bits_per_param)
         if wire == "sparse" and kept is None:
@@ -105,6 +109,7 @@ class VoteOptions:
             float(l2),
             _names(exclude),
             _ranks_per_node(ranks_per_node, exchange, is_subgroup=is_subgroup),
+            checksum,
         )
 
 

@@ -4,19 +4,21 @@ Uncapped, a payload is header and planes. Capped, it has room for a fixed number
 cheaper of planes and sparse, which follows from the caps alone, so that both ends know it. In front of such a body lies
 the census, one bit a piece: more wanted to vote here than fits. All ranks see the owners' bits and steer by them.
 
-Components that are averaged instead of voted on travel behind the body, in float32, each owner's share of them.
+Components that are averaged instead of voted on travel behind the body, in float32, each owner's share of them. A
+checksum, where it is wanted, comes last and covers all before it, the header too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distsign.digest import CHECKSUM_BYTES, checksums
 from distsign.kernels import Kernels
 from distsign.layout import IntArray, Layout, Shape, shard_table
 from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header
@@ -87,6 +89,7 @@ class Form:
         census_bytes: per owner.
         raw_elements: per owner, components that are averaged.
         sizes: per owner, bytes of its payload.
+        checksum: whether a checksum ends each payload.
     """
 
     layout: Layout
@@ -96,10 +99,18 @@ class Form:
     census_bytes: tuple[int, ...]
     raw_elements: tuple[int, ...]
     sizes: tuple[int, ...]
+    checksum: bool = False
 
     @classmethod
     def build(
-        cls, layout: Layout, *, verdict: bool, caps: IntArray | None = None, wire: str = "auto", num_raw: int = 0
+        cls,
+        layout: Layout,
+        *,
+        verdict: bool,
+        caps: IntArray | None = None,
+        wire: str = "auto",
+        num_raw: int = 0,
+        checksum: bool = False,
     ) -> Form:
         """Decide how each owner's payload is coded.
 
@@ -109,12 +120,14 @@ class Form:
             caps: int64 `[num_pieces]`, see `caps_at`; None without a cap.
             wire: `"planes"`, `"sparse"` or `"auto"`, the shorter of both. Without caps all are planes.
             num_raw: components of the group that are averaged, over all owners.
+            checksum: whether a checksum ends each payload.
         """
         num_owners = len(layout.sizes)
         raw = tuple((k + 1) * num_raw // num_owners - k * num_raw // num_owners for k in range(num_owners))
+        ending = CHECKSUM_BYTES * checksum
         if caps is None:
-            whole = tuple(size + 4 * n for size, n in zip(layout.sizes, raw, strict=True))
-            return cls(layout, verdict, None, (None,) * num_owners, (0,) * num_owners, raw, whole)
+            whole = tuple(size + 4 * n + ending for size, n in zip(layout.sizes, raw, strict=True))
+            return cls(layout, verdict, None, (None,) * num_owners, (0,) * num_owners, raw, whole, checksum)
         codes: list[SparseCode | None] = []
         census, sizes = [], []
         for owner in range(num_owners):
@@ -127,8 +140,8 @@ class Form:
             codes.append(code)
             census.append((numbers.size + 7) // 8)
             body_bytes = 2 * num_bytes if code is None else code.num_bytes
-            sizes.append(HEADER_BYTES + census[-1] + body_bytes + 4 * raw[owner])
-        return cls(layout, verdict, caps, tuple(codes), tuple(census), raw, tuple(sizes))
+            sizes.append(HEADER_BYTES + census[-1] + body_bytes + 4 * raw[owner] + ending)
+        return cls(layout, verdict, caps, tuple(codes), tuple(census), raw, tuple(sizes), checksum)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -145,7 +158,7 @@ class Form:
         """Per owner, its payload's header, without poison."""
         elements = self.layout.owned_elements
         return tuple(
-            Header(Codec.PLANES if code is None else Codec.SPARSE, n, verdict=self.verdict)
+            Header(Codec.PLANES if code is None else Codec.SPARSE, n, verdict=self.verdict, checksum=self.checksum)
             for code, n in zip(self.codes, elements, strict=True)
         )
 
@@ -188,7 +201,7 @@ class Form:
     ) -> None:
         payload[:HEADER_BYTES] = self._header_bytes(owner, planes.device)
         payload[POISON_BYTE] |= poisoned.to(torch.uint8) * POISON_FLAG
-        start, end = HEADER_BYTES + self.census_bytes[owner], self.sizes[owner] - 4 * self.raw_elements[owner]
+        start, end, last = self._cuts(owner)
         code = self.codes[owner]
         if crowded is not None:
             payload[HEADER_BYTES:start] = _pack_bits(crowded & ~poisoned)
@@ -196,7 +209,24 @@ class Form:
             torch.where(poisoned, planes.new_zeros(()), planes, out=payload[start:end])
         else:
             kernels.encode_sparse(planes, self.layout.plane_bytes(owner), code, payload[start:end])
-        payload[end:] = raw.view(torch.uint8)
+        payload[end:last] = raw.view(torch.uint8)
+        if self.checksum:
+            payload[last:] = checksums(payload[None, :last])[0]
+
+    def _cuts(self, owner: int) -> tuple[int, int, int]:
+        """Return where in an owner's payload its body begins and ends, and where the checksum would begin."""
+        last = self.sizes[owner] - CHECKSUM_BYTES * self.checksum
+        return HEADER_BYTES + self.census_bytes[owner], last - 4 * self.raw_elements[owner], last
+
+    def damaged(self, payloads: Tensor) -> Tensor:
+        """Return which payloads are not as they were sealed, bool `[num_senders]`; all False without a checksum.
+
+        Args:
+            payloads: uint8 `[num_senders, any]`, all of one owner.
+        """
+        if not self.checksum:
+            return payloads.new_zeros(payloads.shape[0], dtype=torch.bool)
+        return (checksums(payloads[:, :-CHECKSUM_BYTES]) != payloads[:, -CHECKSUM_BYTES:]).any(1)
 
     def open(self, owner: int, payloads: Tensor) -> Opened:
         """Take apart one owner's payloads from several senders; nothing is checked yet.
@@ -205,10 +235,10 @@ class Form:
             owner: whose pieces they speak of.
             payloads: uint8 `[num_senders, sizes[owner]]`, contiguous.
         """
-        start, end = HEADER_BYTES + self.census_bytes[owner], self.sizes[owner] - 4 * self.raw_elements[owner]
+        start, end, last = self._cuts(owner)
         # Copied as bytes, since they need not lie where a float may.
         raw = torch.empty(payloads.shape[0], self.raw_elements[owner], device=payloads.device)
-        raw.view(torch.uint8).copy_(payloads[:, end:])
+        raw.view(torch.uint8).copy_(payloads[:, end:last])
         num_pieces = self.layout.owned(owner)[1].size
         crowded = None if self.caps is None else _unpack_bits(payloads[:, HEADER_BYTES:start], num_pieces)
         return Opened(payloads, start, self.layout.plane_bytes(owner), self.codes[owner], crowded, raw)
@@ -221,7 +251,7 @@ class Form:
             headers mean nothing; the census, bool `[num_pieces]`, None without caps; float32 `[num_raw]`; and bool
             `[num_owners]`, False for each body that is malformed.
         """
-        if self.caps is None and not any(self.raw_elements):
+        if self.caps is None and self.sizes == self.layout.sizes:
             fine = buffer.new_ones(len(self.sizes), dtype=torch.bool)
             return buffer, None, buffer.new_zeros(0, dtype=torch.float32), fine
         planes = torch.empty(self.layout.buffer_bytes, dtype=torch.uint8, device=buffer.device)
@@ -258,7 +288,7 @@ class Form:
 
 
 def forms(
-    layout: Layout, density: float | None, wire: str, *, owner_carry: bool, num_raw: int = 0
+    layout: Layout, density: float | None, wire: str, *, owner_carry: bool, num_raw: int = 0, checksum: bool = False
 ) -> tuple[Form, Form]:
     """Return the forms of a group's ballots and verdicts.
 
@@ -268,15 +298,16 @@ def forms(
         wire: `"planes"`, `"sparse"` or `"auto"`, with a density.
         owner_carry: whether owners keep what does not fit; else verdicts have slots for the ballots of all.
         num_raw: components that are averaged.
+        checksum: whether a checksum ends each payload.
     """
+    build = partial(Form.build, layout, wire=wire, num_raw=num_raw, checksum=checksum)
     if density is None:
-        ballots, verdicts = (Form.build(layout, verdict=verdict, num_raw=num_raw) for verdict in (False, True))
-        return ballots, verdicts
+        return build(verdict=False), build(verdict=True)
     length, num_owners = layout.all_pieces.length, len(layout.sizes)
-    ballots = Form.build(layout, verdict=False, caps=caps_at(density, length), wire=wire, num_raw=num_raw)
+    ballots = build(verdict=False, caps=caps_at(density, length))
     # Without a carry at the owner nothing may be left behind there, and there are at most so many verdicts.
     back = caps_at(density, length, 1 if owner_carry else num_owners)
-    return ballots, Form.build(layout, verdict=True, caps=back, wire=wire, num_raw=num_raw)
+    return ballots, build(verdict=True, caps=back)
 
 
 def _pack_bits(bits: Tensor) -> Tensor:
@@ -299,6 +330,7 @@ def payload_sizes(
     *,
     voters: int = 1,
     num_raw: int = 0,
+    checksum: bool = False,
 ) -> IntArray:
     """Return the bytes of each owner's payload, int64 `[world_size]`: what `Form.sizes` says, without the layout.
 
@@ -309,12 +341,14 @@ def payload_sizes(
         wire: `"planes"`, `"sparse"` or `"auto"`, with a density.
         voters: for how many voters' ballots there are slots, see `caps_at`.
         num_raw: components that are averaged.
+        checksum: whether a checksum ends each payload.
 
     Example:
         >>> payload_sizes([Shape(0, 4096), Shape(1, 10)], world_size=4, density=None).tolist()
         [264, 268, 264, 264]
     """
-    return _sizes(*shard_table(shapes, world_size), world_size, density, wire, voters, num_raw)
+    sizes = _sizes(*shard_table(shapes, world_size), world_size, density, wire, voters, num_raw)
+    return sizes + CHECKSUM_BYTES * checksum
 
 
 def _sizes(
@@ -338,14 +372,17 @@ def _sizes(
     return sizes
 
 
-def density_for(bits_per_param: float, shapes: Sequence[Shape], world_size: int, coalesce_bytes: int) -> float:
+def density_for(
+    bits_per_param: float, shapes: Sequence[Shape], world_size: int, coalesce_bytes: int, *, checksum: bool = False
+) -> float:
     """Return the density at which the payloads of a whole model fill a budget.
 
     Args:
-        bits_per_param: per direction, headers and census included.
+        bits_per_param: per direction, headers, census and checksums included.
         shapes: all parameters of the model.
         world_size: number of owners.
         coalesce_bytes: payloads of this size travel apart; each such group has headers of its own.
+        checksum: whether a checksum ends each payload.
 
     Raises:
         ValueError: if even one vote a piece costs more, or if planes would cost less than the budget.
@@ -355,10 +392,11 @@ def density_for(bits_per_param: float, shapes: Sequence[Shape], world_size: int,
     num_elements = max(1, total)
     budget_bytes = int(bits_per_param * total / 8)
     num_groups = max(1, budget_bytes // coalesce_bytes)
-    budget_bytes -= (num_groups - 1) * world_size * (HEADER_BYTES + 4)
+    ending = CHECKSUM_BYTES * checksum
+    budget_bytes -= (num_groups - 1) * world_size * (HEADER_BYTES + 4 + ending)
 
     def size(density: float) -> int:
-        return int(_sizes(owners, lengths, world_size, density, "sparse", 1, 0).sum())
+        return int(_sizes(owners, lengths, world_size, density, "sparse", 1, 0).sum()) + world_size * ending
 
     planes = 8 * int(_sizes(owners, lengths, world_size, None, "planes", 1, 0).sum()) / num_elements
     if bits_per_param > planes:

@@ -106,7 +106,13 @@ class VotePipeline:
             # The first column's share stands for all: they differ by a few components.
             parts = [part_of(self._part(row), 0, self.options.ranks_per_node) for row in range(len(self._registry))]
             shapes = [Shape(part.row, part.length) for part in parts if part.voted]
-            self._density = density_for(self.options.bits_per_param, shapes, exchange.num_voters, COALESCE_BYTES)
+            self._density = density_for(
+                self.options.bits_per_param,
+                shapes,
+                exchange.num_voters,
+                COALESCE_BYTES,
+                checksum=self.options.checksum,
+            )
 
     def _new_owner(self, num_voters: int) -> Owner:
         options = self.options
@@ -196,6 +202,7 @@ class VotePipeline:
                 wire=self.options.wire,
                 owner_carry=self.options.owner_carry is not None,
                 device=device,
+                checksum=self.options.checksum,
             )
         return self._plans[key]
 
@@ -261,6 +268,7 @@ class VotePipeline:
                 if self._in_backward:
                     self._registry.mark_verdicts(row for bucket in group for row in bucket.rows)
                 if is_last:
+                    self._leave_out_if_damaged(group)
                     self._end_step()
         except BaseException as error:  # noqa: BLE001  (it is raised again where the user can see it)
             assert self.exchange is not None
@@ -293,8 +301,8 @@ class VotePipeline:
         out = [bucket.gradient.float() for bucket in group]
         poisoned = torch.zeros((), dtype=torch.bool, device=ballots.device)
         seen = torch.zeros(4, len(self._registry), dtype=torch.int64, device=ballots.device)
-        for each, payload in zip(plan.columns, payloads, strict=True):
-            found = exchange.read(each.verdicts, payload, kernels)
+        for k, (each, payload) in enumerate(zip(plan.columns, payloads, strict=True)):
+            found = exchange.read(each.verdicts, payload, kernels, k)
             poisoned = poisoned | found.poisoned
             self._write(group, out, each, found, scale, seen)
         self._take_note(plan, seen)
@@ -350,6 +358,15 @@ class VotePipeline:
             self.steering.observe(plan.rows, verdicts, slots, 2 * crowded > lengths)
             if self.ladder is not None:
                 self.ladder.observe(verdicts, slots, crowded, lengths)
+
+    def _leave_out_if_damaged(self, group: list[_Bucket]) -> None:
+        """Poison the step on all ranks if a checksum did not match on any; on the CPU that is an error at once."""
+        assert self.exchange is not None
+        if self.options.checksum:
+            damaged = self.exchange.agree_on_damage()
+            self._poisoned = self._poisoned | damaged
+            for bucket in group:
+                bucket.gradient.masked_fill_(damaged, math.nan)
 
     def _end_step(self) -> None:
         assert self.owner is not None

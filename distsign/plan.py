@@ -6,8 +6,9 @@ is one column, and its share is everything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -137,6 +138,7 @@ class Plan:
         wire: str,
         owner_carry: bool,
         device: torch.device,
+        checksum: bool = False,
     ) -> Plan:
         """Deal out a group.
 
@@ -149,6 +151,7 @@ class Plan:
             wire: likewise.
             owner_carry: likewise.
             device: where the gradients are.
+            checksum: see `payload.forms`.
         """
         columns = []
         for column in range(num_columns):
@@ -164,7 +167,8 @@ class Plan:
                     elif part.voted and (part.length or num_columns == 1):
                         voted[-1].append((part, start + part.begin))
                     start += whole.length
-            columns.append(_column(voted, raw, homes, num_voters, num_columns > 1, density, wire, owner_carry, device))
+            form = partial(forms, density=density, wire=wire, owner_carry=owner_carry, checksum=checksum)
+            columns.append(_column(voted, raw, homes, num_voters, num_columns > 1, form, device))
         rows = [part.row for bucket in buckets for part in bucket]
         return cls(tuple(columns), torch.tensor(rows, dtype=torch.int64, device=device))
 
@@ -175,16 +179,14 @@ def _column(
     homes: Sequence[int],
     num_voters: int,
     gathered: bool,
-    density: float | None,
-    wire: str,
-    owner_carry: bool,
+    form: Callable[..., tuple[Form, Form]],
     device: torch.device,
 ) -> Column:
     shapes = [[Shape(part.row, part.length, homes[part.row]) for part, _ in bucket] for bucket in voted]
     starts = [[start for _, start in bucket] for bucket in voted]
     layout = Layout.build(shapes, num_voters, None if gathered else starts)
     num_raw = sum(length for _, _, length in raw)
-    ballots, verdicts = forms(layout, density, wire, owner_carry=owner_carry, num_raw=num_raw)
+    ballots, verdicts = form(layout, num_raw=num_raw)
     pieces = layout.all_pieces
     lengths = torch.tensor([shape.num_elements for shape in layout.shapes], dtype=torch.int64, device=device)
     piece_row = torch.from_numpy(pieces.row).to(device)

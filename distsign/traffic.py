@@ -16,6 +16,7 @@ __all__ = [
     "ExchangeBytes",
     "GroupMessages",
     "Traffic",
+    "agreement_bytes",
     "all_gather_bytes",
     "exchange_bytes",
     "power_sgd_elements",
@@ -116,6 +117,20 @@ def exchange_bytes(
     )
 
 
+def agreement_bytes(num_voters: int, ranks_per_node: int = 1) -> ExchangeBytes:
+    """Return what one rank sends and receives where all ranks learn whether a checksum of the step did not match.
+
+    One word of 8 bytes to each other voter, and within a node those of all voters.
+
+    Example:
+        >>> agreement_bytes(num_voters=4)
+        ExchangeBytes(sent_bytes=24, received_bytes=24, sent_within_bytes=0, received_within_bytes=0)
+    """
+    within = 8 * num_voters * (ranks_per_node - 1)
+    total = 8 * (num_voters - 1) + within
+    return ExchangeBytes(total, total, within, within)
+
+
 def top_k_slots(num_elements: int, density: float) -> int:
     """Return how many components of a bucket a top-k scheme sends, each as a float32 and an int32.
 
@@ -194,6 +209,7 @@ class GroupMessages:
         owner_carry: bool = True,
         ranks_per_node: int = 1,
         bytes_per_element: int = 4,
+        checksum: bool = False,
     ) -> GroupMessages:
         """See `step_bytes` for the arguments; `group` are the parameters of one exchange group."""
         num_voters = world_size // ranks_per_node
@@ -202,11 +218,11 @@ class GroupMessages:
             parts = [part_of(Part(s.index, s.num_elements, voted=True), column, ranks_per_node) for s in group]
             shapes = [Shape(part.row, part.length) for part in parts if part.length or ranks_per_node == 1]
             elements.append(sum(shape.num_elements for shape in shapes))
-            ballots.append(payload_sizes(shapes, num_voters, density, wire))
+            ballots.append(payload_sizes(shapes, num_voters, density, wire, checksum=checksum))
             # As in `payload.forms`: without a carry at the owner nothing may be left behind there.
             back = ballots[-1]
             if density is not None and not owner_carry:
-                back = payload_sizes(shapes, num_voters, density, wire, voters=num_voters)
+                back = payload_sizes(shapes, num_voters, density, wire, voters=num_voters, checksum=checksum)
             verdicts.append(back)
         return cls(
             "two_phase" if exchange == "hierarchical" else exchange,
@@ -251,6 +267,7 @@ def step_bytes(
     owner_carry: bool = True,
     ranks_per_node: int = 1,
     bytes_per_element: int = 4,
+    checksum: bool = False,
 ) -> ExchangeBytes:
     """Return what one rank sends and receives in one training step.
 
@@ -264,6 +281,7 @@ def step_bytes(
         owner_carry: whether owners keep what does not fit; else verdicts have slots for the ballots of all.
         ranks_per_node: consecutive ranks that average before they vote, in the hierarchical exchange.
         bytes_per_element: of the gradients that are averaged there.
+        checksum: whether a checksum ends each payload; all ranks then tell each other at the step's end how it went.
 
     Example:
         >>> step_bytes([[Shape(0, 4096), Shape(1, 10)]], world_size=4, rank=0).sent_bytes
@@ -271,7 +289,7 @@ def step_bytes(
         >>> step_bytes([[Shape(0, 1 << 20)]], world_size=4, rank=0, density=0.01).sent_bytes
         18822
     """
-    total = ExchangeBytes()
+    total = agreement_bytes(world_size // ranks_per_node, ranks_per_node) if checksum else ExchangeBytes()
     for group in groups:
         messages = GroupMessages.build(
             group,
@@ -282,6 +300,7 @@ def step_bytes(
             owner_carry=owner_carry,
             ranks_per_node=ranks_per_node,
             bytes_per_element=bytes_per_element,
+            checksum=checksum,
         )
         total += messages.of_rank(rank)
     return total

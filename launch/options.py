@@ -36,6 +36,7 @@ _VOTE_DEFAULTS = (
     ("carry", "auto"),
     ("owner_carry", "auto"),
     ("bits_per_param", None),
+    ("checksum", False),
 )
 
 
@@ -64,6 +65,7 @@ class TrainOptions:
     carry: str
     owner_carry: str
     bits_per_param: float | None
+    checksum: bool
     bucket_cap_mb: float
     batch_size: int
     steps: int | None
@@ -74,12 +76,13 @@ class TrainOptions:
     checkpoint: str | None
     checkpoint_every: int | None
     stop_after: int | None
+    check_replicas: int
     resume: str | None
     metrics: str | None
 
     # What may differ between a run and the one that resumes it; all else decides the numbers.
     _OF_NO_CONSEQUENCE = frozenset(
-        {"data", "device", "checkpoint", "checkpoint_every", "stop_after", "resume", "metrics"}
+        {"data", "device", "checkpoint", "checkpoint_every", "stop_after", "check_replicas", "resume", "metrics"}
     )
 
     def trajectory(self) -> dict[str, Any]:
@@ -153,6 +156,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{_flag(name)} must be 1 or more, got {value}")
+        if self.check_replicas < 0:
+            raise UsageError(f"--check-replicas must be 0 (never) or more, got {self.check_replicas}")
         if self.epochs is not None and not 0 < self.epochs < 1e6:
             raise UsageError(f"--epochs must be above 0, got {self.epochs:g}")
         if not 0 <= self.seed < 2**63:
@@ -225,6 +230,7 @@ def make_parser() -> argparse.ArgumentParser:
     link.add_argument("--carry", choices=CARRIES, default="auto", help="what a rank keeps of ballots it did not cast")
     link.add_argument("--owner-carry", choices=OWNER_CARRIES, default="auto", help="what owners keep of votes")
     link.add_argument("--bits-per-param", type=float, metavar="BITS", help="budget per parameter and direction")
+    link.add_argument("--checksum", action="store_true", help="4 bytes more a payload, to find what a link damaged")
     link.add_argument("--bucket-cap-mb", type=float, default=25.0, help="DDP's bucket size, in MiB")
 
     out = parser.add_argument_group("results")
@@ -234,6 +240,13 @@ def make_parser() -> argparse.ArgumentParser:
     out.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="by default at the end only")
     out.add_argument(
         "--stop-after", type=int, metavar="STEPS", help="end this process early, after so many steps and a checkpoint"
+    )
+    out.add_argument(
+        "--check-replicas",
+        type=int,
+        default=100,
+        metavar="STEPS",
+        help="compare parameters and optimizer state between the ranks so often, and before a checkpoint; 0: never",
     )
     out.add_argument(
         "--resume",

@@ -222,6 +222,7 @@ def make_vote_state(options: "TrainOptions") -> SignVoteState:
         wire=options.wire,
         bits_per_param=options.bits_per_param,
         l2=options.l2,
+        checksum=options.checksum,
     )
 
 

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from distsign import reshard
+from distsign import ReplicaCheck, ReplicaError, reshard
 from distsign.kernels import kernels_for
 from launch import check, checkpoint
 from launch.data import DataError
@@ -101,6 +101,9 @@ class Trainer:
             self.optimizer: Optimizer = make_optimizer(self.model, options, self.combiner)
         except ValueError as error:
             raise UsageError(as_typed(error)) from error
+        self.replicas: ReplicaCheck | None = None
+        if options.check_replicas:
+            self.replicas = ReplicaCheck(self.net, self.optimizer, every=options.check_replicas)
         self._has_warned = False
         self.progress = Progress(0, torch.zeros((), dtype=torch.float64, device=device))
 
@@ -201,6 +204,8 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.replicas is not None:
+            self.replicas.step()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         progress.loss_sum += loss.detach()
@@ -264,6 +269,8 @@ class Trainer:
 
     def _save(self) -> None:
         assert self.options.checkpoint is not None
+        if self.replicas is not None:
+            self.replicas.check()  # only rank 0's parameters are kept
         progress = self.progress
         shared = {
             "options": self._trajectory(),
@@ -340,6 +347,8 @@ def main(argv: list[str] | None = None) -> None:
         dist.destroy_process_group()
     except (UsageError, DataError) as error:
         exit_with(str(error))
+    except ReplicaError as error:
+        exit_with(str(error), code=1)
     except KeyboardInterrupt:
         exit_with("interrupted", code=130)
 

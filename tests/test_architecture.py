@@ -13,7 +13,7 @@ PACKAGE = "distsign"
 # Each layer may import the ones before it in this list, and nothing else of distsign. A name stands for a module or a
 # package with all its modules; inside a package imports are free, but see `test_no_cycles`.
 LAYERS: list[set[str]] = [
-    {"confidence", "wire", "vote", "agreement", "nest", "registry", "optim_reference"},
+    {"confidence", "wire", "vote", "agreement", "nest", "registry", "optim_reference", "digest"},
     {"kernels"},
     {"ballots", "layout"},
     {"payload", "voter", "steering"},
@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"traffic"},
     {"statistics"},
     {"exchange", "exchange_thread", "optim"},
-    {"options"},
+    {"options", "replicas"},
     {"pipeline"},
     {"hook"},
     {"rivals", "robustness"},
@@ -165,7 +165,7 @@ def test_only_the_exchange_calls_collectives(name: str) -> None:
     if name in CALLS_COLLECTIVES:
         assert "new_group" in uses_of_distributed(tree_of(name)), "else this test looks for the wrong names"
         return
-    allowed = HOOK_MAY_USE if part(name) in {"hook", "pipeline"} else set()
+    allowed = HOOK_MAY_USE if part(name) in {"hook", "pipeline", "replicas"} else set()
     found = uses_of_distributed(tree_of(name)) - allowed
     assert not found, f"{name} uses torch.distributed's {', '.join(sorted(found))}: that belongs into exchange.py"
 

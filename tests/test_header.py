@@ -18,6 +18,7 @@ GOLDEN = [
     (Header(Codec.PLANES, 0x0102030405, verdict=True, poison=True), "01 01 03 05 04 03 02 01"),
     (Header(Codec.PLANES, 2**40 - 1), "01 01 00 ff ff ff ff ff"),
     (Header(Codec.SPARSE, 1000, verdict=True), "01 02 01 e8 03 00 00 00"),
+    (Header(Codec.SPARSE, 1000, checksum=True), "01 02 04 e8 03 00 00 00"),
 ]
 
 
@@ -72,7 +73,7 @@ def test_an_impossible_size_is_our_own_fault(num_elements: int) -> None:
         ("02 01 00 e8 03 00 00 00", "format version 2, this distsign reads version 1"),
         ("01 00 00 e8 03 00 00 00", r"codec 0 is unknown .* 1 \(planes\), 2 \(sparse\)"),
         ("01 07 00 e8 03 00 00 00", r"codec 7 is unknown .* 1 \(planes\), 2 \(sparse\)"),
-        ("01 01 04 e8 03 00 00 00", "flags 0x04"),
+        ("01 01 08 e8 03 00 00 00", "flags 0x08"),
         ("01 01 83 e8 03 00 00 00", "flags 0x83"),
     ],
 )
@@ -97,6 +98,7 @@ def test_what_is_expected_passes_with_or_without_poison(poison: bool) -> None:
         (Header(Codec.PLANES, 1000, verdict=True), "verdicts on 1,000 elements as planes"),
         (Header(Codec.PLANES, 0, poison=True), "ballots on 0 elements as planes"),
         (Header(Codec.SPARSE, 1000), "ballots on 1,000 elements as sparse"),
+        (Header(Codec.PLANES, 1000, checksum=True), "ballots on 1,000 elements as planes with a checksum"),
     ],
 )
 def test_what_is_not_expected_names_both_sides(came: Header, said: str) -> None:

@@ -93,6 +93,7 @@ def ranks4() -> RankPool:
         (["--resume"], "--resume needs --checkpoint"),
         (["--checkpoint-every", "5"], "--checkpoint-every needs --checkpoint"),
         (["--stop-after", "5"], "--stop-after needs --checkpoint"),
+        (["--check-replicas", "-1"], r"--check-replicas must be 0 \(never\) or more, got -1"),
     ],
 )
 def test_wrong_options_are_one_clear_line(argv: list[str], words: str) -> None:
@@ -306,6 +307,25 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, argv: list[s
     assert len({tuple(result["parameters"].tolist()) for result in results}) == 1
     finished = torch.load(path, weights_only=True)
     assert finished["shared"]["step"] == 9 and len(finished["ranks"]) == 3
+
+
+def train_with_a_flipped_bit(rank: int, world_size: int, argv: list[str]) -> None:
+    trainer = Trainer(parse_options([*SMALL, *argv]), Ranks(rank, world_size, rank, world_size), torch.device("cpu"))
+    if rank == 2:
+        next(trainer.net.parameters()).data.view(-1).view(torch.int32)[3] ^= 1
+    trainer.run()
+    trainer.close()
+
+
+def test_replicas_are_checked_every_so_often_and_before_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    argv = [*VOTE, "--steps", "3", "--checkpoint", str(path), "--check-replicas"]
+    words = "ReplicaError: the replicas differ, found {} steps after.*: parameter 'conv1.weight' on rank 2"
+    for every, found in (("2", 2), ("50", 3)):
+        pool(3).run_expecting(words.format(found), train_with_a_flipped_bit, [*argv, every], in_step=True)
+    assert not path.exists()
+    pool(3).run(train_with_a_flipped_bit, [*argv, "0"])
+    assert path.exists()
 
 
 def test_batch_larger_than_the_data() -> None:

@@ -2,13 +2,13 @@
 
 byte 0     format version
 byte 1     codec of the body
-byte 2     flags: bit 0 verdicts (else ballots), bit 1 poison
+byte 2     flags: bit 0 verdicts (else ballots), bit 1 poison, bit 2 the payload ends with a checksum
 bytes 3-7  number of elements, little-endian
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 __all__ = ["FORMAT_VERSION", "HEADER_BYTES", "POISON_BYTE", "POISON_FLAG", "Codec", "Header", "PayloadError"]
@@ -18,6 +18,7 @@ HEADER_BYTES = 8
 POISON_BYTE = 2
 POISON_FLAG = 2
 _VERDICT_FLAG = 1
+_CHECKSUM_FLAG = 4
 _MAX_ELEMENTS = 2**40 - 1
 
 
@@ -41,6 +42,7 @@ class Header:
         num_elements: components that the body speaks about.
         verdict: whether these are an owner's verdicts; else they are one worker's ballots.
         poison: whether the gradient held a NaN or an infinity, so that the body means nothing.
+        checksum: whether the last bytes of the payload are a checksum of all the others.
 
     Example:
         >>> Header(Codec.PLANES, 1000).encode().hex(" ")
@@ -51,11 +53,12 @@ class Header:
     num_elements: int
     verdict: bool = False
     poison: bool = False
+    checksum: bool = False
 
     def encode(self) -> bytes:
         """Return the `HEADER_BYTES` bytes of this header."""
         assert 0 <= self.num_elements <= _MAX_ELEMENTS
-        flags = _VERDICT_FLAG * self.verdict | POISON_FLAG * self.poison
+        flags = _VERDICT_FLAG * self.verdict | POISON_FLAG * self.poison | _CHECKSUM_FLAG * self.checksum
         return bytes((FORMAT_VERSION, self.codec, flags)) + self.num_elements.to_bytes(5, "little")
 
     @classmethod
@@ -79,10 +82,11 @@ class Header:
         if codec not in Codec.__members__.values():
             known = ", ".join(f"{c.value} ({c.name.lower()})" for c in Codec)
             raise PayloadError(f"the payload's codec {codec} is unknown to this distsign, which has {known}")
-        if flags & ~(_VERDICT_FLAG | POISON_FLAG):
+        if flags & ~(_VERDICT_FLAG | POISON_FLAG | _CHECKSUM_FLAG):
             raise PayloadError(f"the payload's flags {flags:#04x} have bits that format version {version} does not use")
         num_elements = int.from_bytes(data[3:HEADER_BYTES], "little")
-        return cls(Codec(codec), num_elements, bool(flags & _VERDICT_FLAG), bool(flags & POISON_FLAG))
+        verdict, poison, checksum = (bool(flags & flag) for flag in (_VERDICT_FLAG, POISON_FLAG, _CHECKSUM_FLAG))
+        return cls(Codec(codec), num_elements, verdict, poison, checksum)
 
     @classmethod
     def expect(cls, data: bytes, expected: Header, *, sender: int, receiver: int) -> Header:
@@ -95,11 +99,7 @@ class Header:
             header = cls.decode(data)
         except PayloadError as error:
             raise PayloadError(f"rank {receiver} cannot read the payload of rank {sender}: {error}") from error
-        if (header.codec, header.num_elements, header.verdict) != (
-            expected.codec,
-            expected.num_elements,
-            expected.verdict,
-        ):
+        if replace(header, poison=False) != replace(expected, poison=False):
             raise PayloadError(
                 f"rank {receiver} expects {expected._describe()} from rank {sender}, but {header._describe()} came: "
                 "the ranks do not train the same model with the same options"
@@ -108,4 +108,5 @@ class Header:
 
     def _describe(self) -> str:
         kind = "verdicts" if self.verdict else "ballots"
-        return f"{kind} on {self.num_elements:,} elements as {self.codec.name.lower()}"
+        ending = " with a checksum" if self.checksum else ""
+        return f"{kind} on {self.num_elements:,} elements as {self.codec.name.lower()}{ending}"

@@ -180,9 +180,9 @@ def train_long(rank: int, world_size: int, num_steps: int) -> str:
     return digest(net)
 
 
-def count_traffic(rank: int, world_size: int, exchange: str) -> None:
+def count_traffic(rank: int, world_size: int, exchange: str, checksum: bool = False) -> None:
     """Hold the counted bytes of each step to the formula, for the groups that DDP's buckets of that step form."""
-    _, model, state = build(Case(options={"exchange": exchange}, ddp={"bucket_cap_mb": 0.05}))
+    _, model, state = build(Case(options={"exchange": exchange, "checksum": checksum}, ddp={"bucket_cap_mb": 0.05}))
     model._comm_hooks.clear()
     order = {id(p): index for index, p in enumerate(model.parameters())}
     state.track(model.named_parameters())
@@ -204,7 +204,7 @@ def count_traffic(rank: int, world_size: int, exchange: str) -> None:
         model.zero_grad()
         model(batch(rank, step, 0, torch.float32)).square().mean().backward()
         after = state.traffic()
-        want = step_bytes(groups, world_size, rank, exchange)
+        want = step_bytes(groups, world_size, rank, exchange, checksum=checksum)
         assert after.sent_bytes - before.sent_bytes == want.sent_bytes, (step, rank)
         assert after.received_bytes - before.received_bytes == want.received_bytes, (step, rank)
         num_elements = sum(p.numel() for p in model.parameters())

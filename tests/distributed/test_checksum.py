@@ -1,0 +1,194 @@
+"""Payloads that a link damages, on real ranks: with a checksum all ranks say so, and none takes the step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from distsign import AdaptiveConfidence, SignAdamPP, SignVoteState, sign_vote_hook
+from distsign.exchange import _Link
+from distsign.traffic import step_bytes
+
+from . import hook_jobs
+from .carry_jobs import CARRY
+from .hook_jobs import Case, batch, build, digest
+from .ranks import RankPool
+
+Pools = Callable[[int], RankPool]
+
+CASES = {
+    "planes": Case(),
+    "sparse": replace(CARRY, options={"bits_per_param": 0.1, "owner_carry": True}),
+    "excluded": Case(options={"exclude": ["gain", "first.bias", "last.bias"]}),
+    "all-gather": Case(options={"exchange": "all_gather"}),
+}
+
+
+class DamagedLink:
+    """Flips one bit of what a rank receives from another, in one of its calls from the third step on."""
+
+    def __init__(self, state: SignVoteState, sender: int, call: int, bit: int) -> None:
+        self.state, self.sender, self.call, self.bit = state, sender, call, bit
+        self.num_calls = 0
+
+    def damage(self, found: Tensor, at: int, size: int) -> None:
+        if self.state._counts.num_steps == 3:
+            if self.num_calls == self.call:
+                bit = self.bit % (8 * size)
+                found[at + bit // 8] ^= 1 << bit % 8
+            self.num_calls += 1
+
+    def all_to_all(self, source: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        found = _Link.all_to_all(self.link, source, send, receive)
+        self.damage(found, sum(receive[: self.sender]), receive[self.sender])
+        return found
+
+    def all_gather(self, source: Tensor) -> Tensor:
+        found = _Link.all_gather(self.link, source)
+        if source.dtype == torch.uint8:
+            self.damage(found.view(-1), self.sender * source.numel(), source.numel())
+        return found
+
+    def install(self) -> None:
+        assert self.state._pipeline.exchange is not None
+        self.link = self.state._pipeline.exchange._voters
+        self.link.all_to_all = self.all_to_all  # type: ignore[method-assign]
+        self.link.all_gather = self.all_gather  # type: ignore[method-assign]
+
+
+def train_on_a_damaged_link(rank: int, world_size: int, case: Case, call: int, bit: int) -> None:
+    """What rank 2 receives of rank 1 is damaged in the third step; the optimizer must not have moved since the second.
+
+    `call` 0 is ballots, 1 verdicts; later ones are of the step's second exchange.
+    """
+    net, model, state = build(replace(case, options={**case.options, "checksum": True}))
+    optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, vote_state=state)
+    for step in range(4):
+        optimizer.zero_grad()
+        before = digest(net)
+        try:
+            model(batch(rank, step, 0, torch.float32)).square().mean().backward()
+        except RuntimeError:
+            assert step == 2 and digest(net) == before
+            with pytest.raises(RuntimeError, match="its checksum does not match"):
+                optimizer.step()
+            assert digest(net) == before
+            raise
+        optimizer.step()
+        if rank == 2 and step == 0:
+            DamagedLink(state, 1, call, bit).install()
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "bit"),
+    [
+        ("planes", 0, 0),  # the version
+        ("planes", 1, 17),  # poison
+        ("planes", 2, 12345),
+        ("planes", 3, -1),  # the checksum itself
+        ("sparse", 0, 70),
+        ("sparse", 1, 16),
+        ("excluded", 1, -40),
+        ("all-gather", 0, 99),
+    ],
+)
+def test_all_ranks_name_who_wrote_and_who_got_it(rank_pool: Pools, name: str, call: int, bit: int) -> None:
+    words = "a payload that rank 1 wrote did not reach rank 2 as it was written: its checksum does not match"
+    rank_pool(3).run_expecting(
+        rf"VoteError: the vote on .*PayloadError: {re.escape(words)}",
+        train_on_a_damaged_link,
+        CASES[name],
+        call,
+        bit,
+        in_step=True,
+    )
+
+
+def train_both_ways(rank: int, world_size: int, case: Case) -> list[str]:
+    digests = []
+    for checksum in (False, True):
+        net, model, state = build(replace(case, options={**case.options, "checksum": checksum}))
+        optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, vote_state=state)
+        for step in range(4):
+            optimizer.zero_grad()
+            model(batch(rank, step, 0, torch.float32)).square().mean().backward()
+            optimizer.step()
+        digests.append(digest(net))
+        state.close()
+    return digests
+
+
+@pytest.mark.parametrize("name", ["planes", "excluded", "all-gather"])
+def test_a_checksum_changes_no_verdict(rank_pool: Pools, name: str) -> None:
+    results = rank_pool(3).run(train_both_ways, CASES[name])
+    assert len({each for both in results for each in both}) == 1
+
+
+@pytest.mark.parametrize("exchange", ["two_phase", "all_gather"])
+def test_counted_bytes_equal_the_formula(rank_pool: Pools, exchange: str) -> None:
+    rank_pool(3).run(hook_jobs.count_traffic, exchange, checksum=True)
+
+
+def count_hierarchical(rank: int, world_size: int) -> tuple[int, int, int, int]:
+    """Return what a step of one small group with a checksum has added, beside one without."""
+    added = []
+    for checksum in (False, True):
+        options = {"exchange": "hierarchical", "ranks_per_node": 2, "checksum": checksum}
+        _, model, state = build(Case(AdaptiveConfidence(), options, ddp={}))
+        model(batch(rank, 0, 0, torch.float32)).square().mean().backward()
+        added.append(state.traffic())
+        state.close()
+    before, after = added
+    names = ("sent_bytes", "received_bytes", "sent_within_bytes", "received_within_bytes")
+    return tuple(getattr(after, name) - getattr(before, name) for name in names)  # type: ignore[return-value]
+
+
+def test_counted_bytes_between_nodes(rank_pool: Pools) -> None:
+    with_, without = (
+        step_bytes([], 4, 0, "hierarchical", ranks_per_node=2, checksum=checksum) for checksum in (True, False)
+    )
+    payloads = 4 * (1 + 1)  # ballots to the other node and verdicts to it
+    shared = 4 * 2  # the verdicts of both nodes to the other rank of this one
+    for found in rank_pool(4).run(count_hierarchical):
+        assert found == (
+            with_.sent_bytes - without.sent_bytes + payloads + shared,
+            with_.received_bytes + payloads + shared,
+            with_.sent_within_bytes + shared,
+            with_.received_within_bytes + shared,
+        )
+
+
+def mixed(rank: int, world_size: int) -> None:
+    _, model, state = build(Case(options={"checksum": rank == 1}))
+    model(batch(rank, 0, 0, torch.float32)).square().mean().backward()
+
+
+def test_ranks_that_do_not_agree_on_it_are_named(rank_pool: Pools) -> None:
+    words = "ValueError: .*checksum is False on ranks 0 and 2, but True on rank 1"
+    rank_pool(3).run_expecting(words, mixed, in_step=True)
+
+
+def overflow_of_a_mean(rank: int, world_size: int) -> str:
+    """Finite gradients of an excluded parameter, with a sum that is not."""
+    net = torch.nn.Linear(3, 2)
+    for parameter in net.parameters():
+        torch.nn.init.ones_(parameter)
+    model = torch.nn.parallel.DistributedDataParallel(net)
+    state = SignVoteState(confidence=AdaptiveConfidence(), exclude=["bias"])
+    model.register_comm_hook(state, sign_vote_hook)
+    optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, vote_state=state)
+    before = digest(net)
+    (3e38 * net.bias.new_ones(2) * model(torch.ones(1, 3))).sum().backward()
+    optimizer.step()
+    assert digest(net) == before and state.traffic().num_poisoned_steps == 1
+    state.close()
+    return before
+
+
+def test_a_mean_that_overflows_is_poison(rank_pool: Pools) -> None:
+    rank_pool(2).run(overflow_of_a_mean)
