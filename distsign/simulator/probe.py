@@ -91,7 +91,7 @@ class Ranks:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Names of the groups: `all`, `pairs` (between nodes where there are several), `one link` (one pair), `node`."""
+        """Names of the groups: `all`, `pairs` (between nodes where there are some), `one link` (one such), `node`."""
         return tuple(self._groups)
 
     def close(self) -> None:

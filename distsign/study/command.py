@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from distsign.simulator.units import format_seconds
 from distsign.study.plan import Study
@@ -140,14 +140,14 @@ def _is_good(result: Result | None) -> bool:
     return result is not None and result.error is None
 
 
-def _bar(total: int, done: int) -> tqdm[None]:
+def _bar(total: int, done: int) -> tqdm[NoReturn]:
     try:
         from tqdm import tqdm
     except ImportError:
         raise ValueError("a study needs tqdm: pip install 'distsign[launch]'") from None
     # A terminal gets a bar; a log has the line of each cell that has ended.
     style = "{l_bar}{bar}| {n_fmt}/{total_fmt} cells [{elapsed}{postfix}]"
-    return tqdm(total=total, initial=done, bar_format=style, disable=None, mininterval=0.5)
+    return tqdm(total=total, initial=done, bar_format=style, disable=None, mininterval=0.5, miniters=0)
 
 
 def _line(checked: Checked, result: Result) -> str:

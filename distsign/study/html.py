@@ -41,9 +41,9 @@ $notes
 $groups
 <h2>How to read this</h2>
 <p>Means over seeds, ± half the width of the 95 % confidence interval (Student's t). Bytes are those that a rank sent
-and received in the whole run, mean over the ranks. Rows marked $front are the Pareto front: no other row is as good for
-as few bytes. Times on links are a model: every step as it was measured here, and its bytes on the link after it; nothing
-hides behind the backward pass, and latency is left out.</p>
+and received in the whole run, mean over the ranks. Rows marked $front are the Pareto front: no other row is as good
+for as few bytes. Times on links are a model: every step as it was measured here, and its bytes on the link after it;
+nothing hides behind the backward pass, and latency is left out.</p>
 <h2>What repeats it</h2>
 <p class="small">$provenance</p>
 <pre>distsign study $file</pre>
