@@ -166,7 +166,9 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     nominal = "what the link is sold as, such as 1gbit: then profiles hold for links of other rates too"
     parser.add_argument("--link", type=_quantity(parse_bandwidth), help=nominal)
     parser.add_argument("--per-machine", type=int, help="ranks that share a machine's cores (LOCAL_WORLD_SIZE)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="about how long it may take (10)")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="about how long collectives may take, beside kernels (10)"
+    )
     parser.set_defaults(run=_calibrate)
 
 

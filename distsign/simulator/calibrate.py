@@ -24,7 +24,7 @@ from distsign.simulator.kernel_probe import MANY_TENSORS, POWER_RANKS, probes
 from distsign.simulator.probe import Call, Ranks, joined_ranks, num_ranks
 from distsign.simulator.profile import COLLECTIVES, FEW_TENSORS, CollectiveCost, KernelCost, Profile
 
-__all__ = ["calibrate", "calibrate_under_torchrun", "fit_collectives", "non_negative_fit"]
+__all__ = ["bandwidth_of", "calibrate", "calibrate_under_torchrun", "fit_collectives", "non_negative_fit"]
 
 _SIZES = (1 << 10, 1 << 15, 1 << 17, 1 << 19, 1 << 21, 1 << 23)
 _KERNEL_SIZES = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
@@ -139,7 +139,7 @@ def bandwidth_of(calls: Sequence[Call]) -> float:
     difference has no part: of a collective the lower counts, and the fastest collective for all.
 
     Args:
-        calls: between two ranks, of each kind on several sizes.
+        calls: in one group of ranks, two where the link itself is asked for; of each kind on several sizes.
     """
     series: dict[str, list[Call]] = {}
     for call in sorted(calls, key=lambda call: call.link_bytes):
@@ -184,7 +184,8 @@ def calibrate(
         nominal_bytes_per_s: what the link is sold as; the profile then holds for links of other bandwidths too.
         ranks_per_node: consecutive ranks that share a link; None: `LOCAL_WORLD_SIZE`.
         ranks_per_machine: consecutive ranks that share cores; None: `LOCAL_WORLD_SIZE`.
-        seconds: about how long it may take; on slow links, large messages are left out.
+        seconds: about how long collectives may take, beside kernels, which take half a minute on two cores and more
+            where more ranks share them; on slow links, large messages are left out.
         repeats: of each measurement, of which the median counts.
 
     Returns:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeGuard
 
-__all__ = ["COLLECTIVES", "KERNELS", "CollectiveCost", "KernelCost", "Profile"]
+__all__ = ["COLLECTIVES", "FEW_TENSORS", "KERNELS", "CollectiveCost", "KernelCost", "Profile"]
 
 _FORMAT = "distsign-profile"
 _VERSION = 1

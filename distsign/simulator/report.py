@@ -12,6 +12,7 @@ from typing import Any
 
 from distsign.simulator.predict import Prediction, Step, break_even
 from distsign.simulator.schemes import Scheme
+from distsign.simulator.tables import format_table
 from distsign.simulator.units import format_bandwidth, format_bytes, format_seconds
 
 __all__ = ["Comparison", "compare", "draw"]
@@ -75,13 +76,7 @@ class Comparison:
                     _even(even) if step.scheme.compresses else "-",
                 ]
             )
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * width for width in widths])
-        align = [str.ljust, *[str.rjust] * (len(widths) - 1)]
-        return "\n".join(
-            "  ".join(put(cell, width) for put, cell, width in zip(align, line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        return format_table(lines)
 
     def advice(self) -> str:
         """Return one line: which scheme is fastest here, and by how much; or why not to compress."""

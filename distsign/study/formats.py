@@ -13,10 +13,15 @@ from distsign.study.plan import Study
 from distsign.study.statistics import Interval
 from distsign.study.summary import Row, Summary
 
-__all__ = ["csv_rows", "finite", "format_table", "format_value", "metric_name", "table_of", "write_csv"]
+__all__ = ["csv_rows", "finite", "format_value", "metric_name", "table_of", "write_csv"]
 
 FRONT = "*"
 """Marks the Pareto front."""
+
+_COLUMNS = (
+    *("num_parameters", "num_steps", "sent_bytes", "received_bytes"),
+    *("ratio_to_fp32", "bytes_are", "ballot_density", "verdict_density"),
+)
 
 
 def is_share(metric: str) -> bool:
@@ -72,24 +77,6 @@ def table_of(study: Study, rows: Sequence[Row]) -> list[list[str]]:
     return [[head for head, _ in columns], *([show(row) for _, show in columns] for row in rows)]
 
 
-def format_table(cells: Sequence[Sequence[str]]) -> str:
-    """Return a table as text, its first column to the left and the others to the right.
-
-    Example:
-        >>> print(format_table([["scheme", "bytes"], ["a", "12 B"]]))
-        scheme  bytes
-        ------  -----
-        a        12 B
-    """
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [cells[0], ["-" * width for width in widths], *cells[1:]]
-    align = [str.ljust, *[str.rjust] * (len(widths) - 1)]
-    return "\n".join(
-        "  ".join(put(cell, width) for put, cell, width in zip(align, line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f} %"
 
@@ -131,10 +118,7 @@ def csv_rows(summary: Summary) -> list[dict[str, Any]]:
             "num_missing": row.num_missing,
             "mean": row.value.mean,
             "half_width_95": row.value.half_width,
-            **{name: getattr(row, name) for name in ("num_parameters", "num_steps", "sent_bytes", "received_bytes")},
-            **{
-                name: getattr(row, name) for name in ("ratio_to_fp32", "bytes_are", "ballot_density", "verdict_density")
-            },
+            **{name: getattr(row, name) for name in _COLUMNS},
             "is_on_front": row.is_on_front,
             "step_s": row.step_s,
             **{f"simulated_s at {name}": value for name, value in row.simulated_s.items()},

@@ -98,7 +98,6 @@ def draw_training(rows: Sequence[Row]) -> str:
         left.plot([step for step, _ in known], [loss for _, loss in known], **style)
         right.plot(row.curve.epochs, _shown(row, row.curve.metric), **style)
     left.set_xlabel("steps")
-    left.set_ylabel("training loss, nats")
     right.set_xlabel("epochs")
     _finish(left, rows, "", legend=False)
     _finish(right, rows, "")

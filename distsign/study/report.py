@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distsign.study.formats import csv_rows, finite, format_table, table_of, write_csv
+from distsign.simulator.tables import format_table
+from distsign.study.formats import csv_rows, finite, table_of, write_csv
 from distsign.study.html import render
 from distsign.study.pictures import draw_bytes, draw_times, draw_training
 from distsign.study.plan import Study

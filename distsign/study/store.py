@@ -172,8 +172,15 @@ def _problem(values: Any) -> str | None:
     if not isinstance(values, dict):
         return "it is no JSON object"
     kinds: dict[str, type | tuple[type, ...]] = {
-        **{"key": str, "configuration": dict, "version": str, "ended": str, "wall_s": (int, float), "jobs": int},
-        **{"metrics": list, "error": (str, type(None)), "format": int},
+        "key": str,
+        "configuration": dict,
+        "version": str,
+        "ended": str,
+        "wall_s": (int, float),
+        "jobs": int,
+        "metrics": list,
+        "error": (str, type(None)),
+        "format": int,
     }
     for name, kind in kinds.items():
         if not isinstance(values.get(name), kind):

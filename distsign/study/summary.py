@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -164,9 +165,9 @@ def summarize(study: Study, found: Sequence[tuple[Checked, Result | None]]) -> S
         num_cells=len(found),
         failed=[(checked.cell, each.error) for checked, each in found if each is not None and each.error is not None],
         num_missing=sum(result is None for _, result in found),
-        versions=_counts(result.version for result in results_alone),
+        versions=Counter(result.version for result in results_alone),
         notes=_notes(good),
-        machines=list(_counts(str(result.start.get("machine", "unknown")) for result in results_alone)),
+        machines=list(Counter(str(result.start.get("machine", "unknown")) for result in results_alone)),
     )
 
 
@@ -267,7 +268,7 @@ def _with_fronts(rows: Sequence[Row]) -> list[Row]:
 def _notes(results: Sequence[tuple[Cell, Result]]) -> list[str]:
     """Say what makes rows hard to compare: other code, other data, other machines, cells that ran side by side."""
     notes = []
-    versions = _counts(result.version for _, result in results)
+    versions = Counter(result.version for _, result in results)
     if len(versions) > 1:
         each = ", ".join(f"{version}: {count}" for version, count in versions.items())
         notes.append(
@@ -289,10 +290,3 @@ def _notes(results: Sequence[tuple[Cell, Result]]) -> list[str]:
     if any(not math.isfinite(result.end[result.start["metric"]]) for _, result in results):
         notes.append("some results are not finite numbers: their runs have diverged")
     return notes
-
-
-def _counts(names: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return counts
