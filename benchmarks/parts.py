@@ -16,7 +16,7 @@ from typing import Any, Self
 from unittest.mock import patch
 
 from benchmarks.step_schemes import Trainer
-from distsign import exchange
+from distsign import collectives
 from distsign.exchange import VoteExchange
 from distsign.kernels import cpu
 from distsign.owner import Owner
@@ -31,7 +31,7 @@ PLACES: tuple[tuple[str, Any, str], ...] = (
     ("cast ballots (in backward)", Voter, "cast"),
     ("seal payloads (in backward)", Form, "seal"),
     ("exchange (its thread)", VoteExchange, "vote"),
-    ("  all-to-all, both", exchange, "all_to_all"),
+    ("  all-to-all, both", collectives, "all_to_all"),
     ("  open ballots", Form, "open"),
     ("  tally", Owner, "count"),
     (SEAL_VERDICTS, Form, "seal_one"),

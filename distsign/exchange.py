@@ -1,41 +1,28 @@
-"""The only file that calls a collective.
+"""The protocol of a vote: ballots to the owners, verdicts back, every payload held against what was expected.
 
-`VoteExchange` carries ballots to the owners and verdicts back, and counts every byte of payload where the collective is
-called.
-On CPU it runs on one `ExchangeThread`, with a process group of its own, because on the default group it would race with
-DDP's own collectives (measured facts in DESIGN.md). On CUDA the same code is enqueued on a side stream and the host
-waits for nothing.
+On CPU it runs on one `ExchangeThread`. On CUDA the same code is enqueued on a side stream and the host waits for
+nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distsign.collectives import Link
 from distsign.kernels import Kernels
 from distsign.layout import IntArray
-from distsign.nest import put_tensors, take_tensors
 from distsign.owner import Owner
 from distsign.payload import Form
 from distsign.traffic import ExchangeBytes
 from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Header, PayloadError
 
-__all__ = [
-    "EXCHANGES",
-    "Verdicts",
-    "VoteExchange",
-    "all_gather",
-    "all_to_all",
-    "gather_values",
-    "ranks_of",
-    "world_size_of",
-]
+__all__ = ["EXCHANGES", "Verdicts", "VoteExchange"]
 
 EXCHANGES = ("two_phase", "all_gather", "hierarchical")
 T = TypeVar("T")
@@ -56,98 +43,6 @@ class Verdicts:
     crowded: Tensor | None
     mean: Tensor
     poisoned: Tensor
-
-
-def all_to_all(
-    target: Tensor, source: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup | None
-) -> None:
-    """Send `send[k]` elements of `source` to rank k of the group, and receive `receive[k]` of it into `target`.
-
-    On Gloo message by message, all receives posted before the first send. A Gloo pair sends only what the other side
-    has announced that it will receive, and in its all-to-all a rank's announcement may wait in the socket behind what
-    the rank sends: the two directions of a link then take turns (measured: 40 against 21 ms for 122 kB between two
-    ranks at 50 Mbit/s, 28 against 21 ms for 2.2 MB of each of four at 1 Gbit/s).
-    """
-    if source.device.type != "cpu":
-        dist.all_to_all_single(target, source, receive, send, group=group)
-        return
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    into, out = torch.split(target, receive), torch.split(source, send)
-    others = [(rank + k) % world_size for k in range(1, world_size)]
-    works = [dist.irecv(into[k], group=group, group_src=k) for k in reversed(others)]
-    works += [dist.isend(out[k], group=group, group_dst=k) for k in others]
-    into[rank].copy_(out[rank])
-    for work in works:
-        assert work is not None, "this rank is in the group"
-        work.wait()
-
-
-def all_gather(source: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Return `source` of all ranks of the group, one row each: `[world_size, n]`, on the device of `source`. Blocks."""
-    if world_size_of(group) == 1:
-        return source.unsqueeze(0)
-    # NCCL carries no tensors of the CPU.
-    on_wire = source.cuda() if dist.get_backend(group) == "nccl" else source
-    target = on_wire.new_empty(dist.get_world_size(group), source.numel())
-    # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(target.view(-1), on_wire, group=group)
-    return target.to(source.device)
-
-
-def gather_values(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    """Return every rank's `value`, in order of rank, pickled: for what all ranks of the group may trust. Blocks."""
-    if world_size_of(group) == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
-    """Return the global ranks of a group, None being the default one; `[0]` where no process group was initialised."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [0]
-    return dist.get_process_group_ranks(group or dist.group.WORLD)
-
-
-class _Link:
-    """A process group through which bytes are sent, and counted.
-
-    Args:
-        group: None for a single rank, where nothing travels.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self.world_size = 1 if group is None else dist.get_world_size(group)
-        self.sent_bytes = self.received_bytes = 0
-
-    def all_to_all(self, source: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Send `send[k]` elements to rank k and receive `receive[k]` from it."""
-        if self.group is None:
-            return source
-        target = source.new_empty(sum(receive))
-        all_to_all(target, source, receive, send, self.group)
-        self.sent_bytes += (sum(send) - send[self.rank]) * source.itemsize
-        self.received_bytes += (sum(receive) - receive[self.rank]) * source.itemsize
-        return target
-
-    def all_gather(self, source: Tensor) -> Tensor:
-        """Return `source` of all ranks, one row each."""
-        if self.group is None:
-            return source.unsqueeze(0)
-        target = all_gather(source, self.group)
-        others = (self.world_size - 1) * source.numel() * source.itemsize
-        self.sent_bytes += others
-        self.received_bytes += others
-        return target
-
-
-def world_size_of(group: dist.ProcessGroup | None) -> int:
-    """Return the number of ranks in a group, None being the default one; 1 where no process group was initialised."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 class VoteExchange:
@@ -179,22 +74,17 @@ class VoteExchange:
         # Of this step: 1 + the rank that wrote a payload which came here damaged, or 0.
         self._damage = torch.zeros((), dtype=torch.int64)
         self._ranks_per_node = ranks_per_node
-        self._all = _Link(None)
-        self._node = _Link(None)
-        self._voters = self._all
+        self._all = self._voters = Link.twin(process_group)
+        self._node = Link(None)
+        if ranks_per_node > 1:
+            ranks = list(range(self._all.world_size))
+            nodes = [ranks[k : k + ranks_per_node] for k in range(0, len(ranks), ranks_per_node)]
+            self._node = self._all.part(nodes)
+            columns = [ranks[k::ranks_per_node] for k in range(ranks_per_node)]
+            self._voters = self._all.part(columns) if len(nodes) > 1 else Link(None)
         # On CUDA a header that does not fit is found without waiting for the device; it poisons the step at once and is
         # reported by `raise_if_mismatched`.
         self._mismatch: Tensor | None = None
-        if world_size_of(process_group) > 1:
-            parent = process_group or dist.group.WORLD
-            assert parent is not None
-            ranks = dist.get_process_group_ranks(parent)
-            self._all = self._voters = _Link(_twin_of(parent, ranks))
-            if ranks_per_node > 1:
-                nodes = [ranks[k : k + ranks_per_node] for k in range(0, len(ranks), ranks_per_node)]
-                self._node = _Link(_group_of(parent, nodes))
-                columns = [ranks[k::ranks_per_node] for k in range(ranks_per_node)]
-                self._voters = _Link(_group_of(parent, columns) if len(nodes) > 1 else None)
 
     @property
     def counted(self) -> ExchangeBytes:
@@ -209,8 +99,8 @@ class VoteExchange:
 
     def forget_counts(self) -> None:
         """Count from zero again."""
-        for link in (self._voters, self._node):
-            link.sent_bytes = link.received_bytes = 0
+        self._voters.forget_counts()
+        self._node.forget_counts()
 
     @property
     def world_size(self) -> int:
@@ -234,48 +124,22 @@ class VoteExchange:
 
     def close(self) -> None:
         """Give the groups back, with their sockets and threads; the object must not be used afterwards."""
-        links = {id(link.group): link for link in (self._all, self._voters, self._node) if link.group is not None}
         # torch names the twin of a subgroup by how many groups there are, and would reuse the name of one given back.
-        if self._all.group is not None and self.world_size == dist.get_world_size():
-            for link in links.values():
-                dist.destroy_process_group(link.group)
-        for link in links.values():
-            link.group = None
+        if self._all.is_whole_world:
+            for link in (self._voters, self._node, self._all):
+                link.close()
 
     def describe(self) -> str:
-        """Return the voters in words, for errors."""
-        ranks = dist.get_process_group_ranks(self._all.group) if self._all.group is not None else [0]
-        return f"rank {self._all.rank} of {self.world_size} (global ranks {ranks})"
+        """Return this rank's place among all ranks in words, for errors."""
+        return self._all.describe()
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's `value`, in order of rank. Blocks."""
-        return [value] if self._all.group is None else gather_values(value, self._all.group)
+        return self._all.gather_values(value)
 
     def broadcast(self, value: T, source: int) -> T:
-        """Return what rank `source` of this group gave, a nest of dicts, lists and tuples with tensors in it. Blocks.
-
-        Only the nest is pickled; tensors travel as tensors, and arrive on the kind of device that they lay on.
-        """
-        if self._all.group is None:
-            return value
-        tensors: list[Tensor] = []
-        nest = take_tensors(value, tensors) if self._all.rank == source else None
-        box = [(nest, [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors])]
-        sender = dist.get_global_rank(self._all.group, source)
-        dist.broadcast_object_list(box, sender, group=self._all.group)
-        nest, kinds = box[0]
-        # NCCL carries no tensors of the CPU, where Adam keeps its step.
-        on_wire = "cuda" if dist.get_backend(self._all.group) == "nccl" else None
-        arrived = []
-        for index, (shape, dtype, device) in enumerate(kinds):
-            wire_device = on_wire or device
-            if self._all.rank == source:
-                tensor = tensors[index].to(wire_device)
-            else:
-                tensor = torch.empty(shape, dtype=dtype, device=wire_device)
-            dist.broadcast(tensor, sender, group=self._all.group)
-            arrived.append(tensor.to(device))
-        return value if self._all.rank == source else put_tensors(nest, arrived)
+        """Return what rank `source` of this group gave; see `Link.broadcast`. Blocks."""
+        return self._all.broadcast(value, source)
 
     def mean_in_node(self, buffer: Tensor, sizes: Sequence[int]) -> Tensor:
         """Return this rank's share of the mean over its node: a reduce-scatter whose order of additions is fixed.
@@ -465,56 +329,9 @@ class VoteExchange:
             )
 
 
-def _twin_of(parent: dist.ProcessGroup, ranks: list[int]) -> dist.ProcessGroup:
-    """Make a group of the same ranks, with the same backend and timeout.
-
-    Raises:
-        ValueError: if the ranks of a subgroup know different numbers of groups, so that torch would wait in vain.
-    """
-    # A group that all ranks make is numbered alike everywhere. Only a subgroup's ranks can make its twin by themselves,
-    # and torch then names it by the number of groups that each rank knows.
-    if len(ranks) < dist.get_world_size():
-        known: list[Any] = [None] * len(ranks)
-        dist.all_gather_object(known, len(dist.distributed_c10d._world.pg_names), group=parent)
-        if len(set(known)) > 1:
-            raise ValueError(
-                f"the vote needs a process group of its own among ranks {ranks}, but these are in {known} groups so "
-                "far, and torch can make one only where that is the same number: let them all be in as many groups "
-                "before the first backward"
-            )
-    return _group_of(parent, [ranks])
-
-
-def _group_of(parent: dist.ProcessGroup, parts: list[list[int]]) -> dist.ProcessGroup:
-    """Make a group of each part of the parent's ranks, like the parent, and return this rank's own."""
-    local = dist.get_world_size(parent) < dist.get_world_size()
-    mine: dist.ProcessGroup | None = None
-    for ranks in parts:
-        if dist.get_rank() in ranks or not local:
-            group = dist.new_group(
-                ranks, timeout=_timeout_of(parent), backend=dist.get_backend(parent), use_local_synchronization=local
-            )
-            mine = group if dist.get_rank() in ranks else mine
-    assert mine is not None
-    return mine
-
-
 def _mean(rows: Tensor) -> Tensor:
     """Return the mean of the rows, added in order, so that whoever adds them comes to the same bits."""
     total = rows[0].clone()
     for row in rows[1:]:
         total += row
     return total / rows.shape[0]
-
-
-def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
-    """Return the group's timeout: what a user set on it must hold for our group too."""
-    for device_type in ("cpu", "cuda"):
-        try:
-            options = group._get_backend(torch.device(device_type)).options
-        except (RuntimeError, AttributeError):
-            continue
-        timeout = getattr(options, "_timeout", None)
-        if timeout is not None:
-            return timeout  # type: ignore[no-any-return]
-    return None

@@ -14,8 +14,9 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 
 from distsign.agreement import require_agreement
+from distsign.collectives import world_size_of
 from distsign.confidence import Confidence
-from distsign.exchange import VoteExchange, world_size_of
+from distsign.exchange import VoteExchange
 from distsign.kernels import kernels_for
 from distsign.options import VoteOptions
 from distsign.pipeline import VotePipeline

@@ -17,8 +17,8 @@ import xxhash
 from torch import Tensor, nn
 
 from distsign.agreement import ranks_in_words
+from distsign.collectives import all_gather, gather_values, ranks_of
 from distsign.digest import digest
-from distsign.exchange import all_gather, gather_values, ranks_of
 
 __all__ = ["ReplicaCheck", "ReplicaError"]
 

@@ -1,4 +1,4 @@
-"""Collectives and kernels timed on real ranks: beside `distsign.exchange` the only file that calls a collective.
+"""Collectives and kernels timed on real ranks: beside `distsign.collectives` the only file that calls a collective.
 
 It times the calls that the hooks make: all-reduce of floats, all-to-all and all-gather of bytes.
 """
@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from distsign.exchange import all_to_all
+from distsign.collectives import all_to_all
 
 __all__ = ["Call", "Ranks", "Timing", "joined_ranks", "num_ranks"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distsign import AdaptiveConfidence, SignAdamPP, SignVoteState, sign_vote_hook
-from distsign.exchange import _Link
+from distsign.collectives import Link
 from distsign.traffic import step_bytes
 
 from . import hook_jobs
@@ -44,12 +44,12 @@ class DamagedLink:
             self.num_calls += 1
 
     def all_to_all(self, source: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        found = _Link.all_to_all(self.link, source, send, receive)
+        found = Link.all_to_all(self.link, source, send, receive)
         self.damage(found, sum(receive[: self.sender]), receive[self.sender])
         return found
 
     def all_gather(self, source: Tensor) -> Tensor:
-        found = _Link.all_gather(self.link, source)
+        found = Link.all_gather(self.link, source)
         if source.dtype == torch.uint8:
             self.damage(found.view(-1), self.sender * source.numel(), source.numel())
         return found
