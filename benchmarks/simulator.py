@@ -34,7 +34,6 @@ from benchmarks.step_schemes import (
     BUCKET_MB,
     FP32,
     NO_OP,
-    ONE_BUCKET_MB,
     POWER_SGD,
     Trainer,
     byte_gpt,
@@ -241,7 +240,7 @@ def predict(setting: Setting, results: Results, name: str, compute_s: float, *, 
     link = Link(parse_bandwidth(setting.rate), profile.latency_s)
     inner = Link(profile.node_bandwidth_bytes_per_s or math.inf, profile.node_latency_s)
     cluster = Cluster(setting.num_ranks, link, setting.ranks_per_node, inner, workers_per_machine=setting.num_ranks)
-    bucket_mb = ONE_BUCKET_MB if name.startswith(POWER_SGD) else BUCKET_MB
+    bucket_mb = 1e4 if name.startswith(POWER_SGD) else BUCKET_MB
     model = Model.of(WORKLOADS[setting.workload]().make(), setting.workload)
     chosen = Scheme.parse(_schemes_of(setting)[name])
     step = Step(model, cluster, chosen, compute_s=compute_s, profile=profile, bucket_mb=bucket_mb)

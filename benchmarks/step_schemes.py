@@ -9,18 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
-from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as power_sgd
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from distsign.traffic import power_sgd_elements, top_k_slots
+from distsign.rivals.half import AllReduce
+from distsign.traffic import top_k_slots
+from launch.hooks import Combiner, RivalCombiner, SignVote, bucket_cap_mb, register_hook
 from launch.models import ByteGPT, LeNet
 from launch.options import parse_options
-from launch.schemes import HOOKS, AllReduce, Combiner, make_optimizer
+from launch.schemes import make_optimizer
 
 NO_OP, FP32, BF16, POWER_SGD = "no-op hook", "fp32 DDP", "bf16 hook", "PowerSGD"
 BUCKET_MB = 4.0
-ONE_BUCKET_MB = 1e4
+NUM_UNCOUNTED_STEPS = 2
+"""PowerSGD begins with so many plain all-reduces."""
 
 SGD = ("--optimizer", "sgd", "--lr", "1e-3")
 VOTE = ("--optimizer", "sign-adam-pp", "--lr", "1e-4", "--hook", "sign-vote")
@@ -34,14 +36,12 @@ class Scheme:
     Args:
         name: in the table.
         arguments: optimizer and hook, as on the command line of `launch.train`.
-        power_rank: of PowerSGD's matrices, in place of that hook; None for another scheme.
         communicates: False for the hook that does nothing.
         top_k: share of the components that travel, largest first; None for another scheme.
     """
 
     name: str
     arguments: tuple[str, ...]
-    power_rank: int | None = None
     communicates: bool = True
     top_k: float | None = None
 
@@ -56,7 +56,7 @@ SCHEMES = (
     Scheme(FP32, SGD),
     Scheme(BF16, (*SGD, "--hook", "bf16")),
     Scheme("fp16 hook", (*SGD, "--hook", "fp16")),
-    *(Scheme(f"{POWER_SGD} rank {k}, one bucket", SGD, power_rank=k) for k in (1, 2, 4)),
+    *(Scheme(f"{POWER_SGD} rank {k}, one bucket", (*SGD, "--hook", f"power-sgd:rank={k}")) for k in (1, 2, 4)),
     Scheme("vote, adaptive, planes", (*VOTE, "--confidence", "adaptive")),
     Scheme("vote, RMS carry, planes", (*RMS, "--wire", "planes")),
     Scheme("vote, RMS, 0.1 bit", (*RMS, "--bits-per-param", "0.1")),
@@ -138,23 +138,22 @@ class Trainer:
     def __init__(self, scheme: Scheme, workload: Workload) -> None:
         torch.manual_seed(0)
         net = workload.make()
-        # PowerSGD's hook with several buckets starts collectives in a callback, and hangs on Gloo.
-        bucket_mb = BUCKET_MB if scheme.power_rank is None else ONE_BUCKET_MB
+        options = parse_options([*scheme.arguments, f"--bucket-cap-mb={BUCKET_MB:g}"])
+        bucket_mb = bucket_cap_mb(options, torch.device("cpu"))
         # Alike on all ranks as it is; to send the parameters over a slow link would take longer than to measure.
         self.model = DistributedDataParallel(net, bucket_cap_mb=bucket_mb, init_sync=False)
-        options = parse_options(list(scheme.arguments))
         self.combiner: Combiner
-        if scheme.power_rank is not None:
-            self.combiner = _register_power_sgd(self.model, scheme.power_rank)
-        elif scheme.top_k is not None:
+        if scheme.top_k is not None:
             self.combiner = _register_top_k(self.model, scheme.top_k)
         elif not scheme.communicates:
             self.model.register_comm_hook(None, _no_op_hook)
-            self.combiner = AllReduce(0, 4, dist.get_world_size())
+            self.combiner = RivalCombiner(AllReduce(), 0)
         else:
-            self.combiner = HOOKS[options.hook](self.model, options)
-        self.optimizer: Optimizer = make_optimizer(self.model, options, self.combiner)
+            self.combiner = register_hook(self.model, options)
+        vote_state = self.combiner.state if isinstance(self.combiner, SignVote) else None
+        self.optimizer: Optimizer = make_optimizer(self.model, options, vote_state)
         self.num_steps = 0
+        self._uncounted_bytes = 0.0
         self._random = torch.Generator().manual_seed(1 + dist.get_rank())
         self._workload = workload
 
@@ -169,11 +168,16 @@ class Trainer:
         self.compute()
         self.optimizer.step()
         self.num_steps += 1
+        if self.num_steps == NUM_UNCOUNTED_STEPS:
+            self._uncounted_bytes = self._all_bytes()
 
     def counted_bytes(self) -> float:
-        """Return what this rank has sent and received a step, counted or by the ring's formula."""
+        """Return what this rank sends and receives a step, counted or by the ring's formula."""
+        return (self._all_bytes() - self._uncounted_bytes) / (self.num_steps - NUM_UNCOUNTED_STEPS)
+
+    def _all_bytes(self) -> float:
         traffic = self.combiner.traffic(self.num_steps)
-        return (traffic.sent_bytes + traffic.received_bytes) / self.num_steps
+        return traffic.sent_bytes + traffic.received_bytes
 
 
 def _no_op_hook(state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -182,15 +186,6 @@ def _no_op_hook(state: object, bucket: GradBucket) -> torch.futures.Future[Tenso
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
-
-
-def _register_power_sgd(model: DistributedDataParallel, rank: int) -> Combiner:
-    state = power_sgd.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
-    # From the first step on: the fp32 all-reduces that it would begin with are measured as what they are elsewhere.
-    state.iter = 2
-    model.register_comm_hook(state, power_sgd.powerSGD_hook)
-    shapes = [p.shape for p in model.parameters()]
-    return AllReduce(sum(power_sgd_elements(shapes, rank)), 4, dist.get_world_size())
 
 
 def _register_top_k(model: DistributedDataParallel, density: float) -> Combiner:
@@ -216,7 +211,7 @@ def _register_top_k(model: DistributedDataParallel, density: float) -> Combiner:
         return work.get_future().then(scatter)  # type: ignore[no-any-return]
 
     model.register_comm_hook(None, hook)
-    return AllReduce(0, 4, dist.get_world_size())
+    return RivalCombiner(AllReduce(), 0)
 
 
 def settings_of(num_layers: int, width: int, batch_size: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distsign.nest import put_tensors, take_tensors
+from distsign.traffic import ring_all_reduce_bytes
 
 __all__ = ["Link", "all_gather", "all_to_all", "gather_values", "ranks_of", "world_size_of"]
 
@@ -172,6 +173,16 @@ class Link:
         self.sent_bytes += others
         self.received_bytes += others
         return target
+
+    def all_reduce_mean(self, values: Tensor) -> None:
+        """Replace values by their mean over all ranks, in place; counted as a ring."""
+        if self.group is None:
+            return
+        dist.all_reduce(values, group=self.group)
+        values /= self.world_size
+        both = ring_all_reduce_bytes(values.numel(), values.itemsize, self.world_size)
+        self.sent_bytes += both // 2
+        self.received_bytes += both - both // 2
 
     def gather_values(self, value: T) -> list[T]:
         """Return every rank's `value`, in order of rank; not counted. Blocks."""

@@ -15,15 +15,9 @@ from typing import Any, NoReturn
 
 from distsign.exchange import EXCHANGES
 from distsign.vote import require_margin
-from launch.schemes import (
-    CARRIES,
-    CONFIDENCES,
-    HOOKS,
-    OPTIMIZERS,
-    OWNER_CARRIES,
-    make_confidence,
-    make_vote_state,
-)
+from launch.hooks import CARRIES, HOOKS, OWNER_CARRIES, SIGN_VOTE, make_rival, make_vote_state
+from launch.schemes import CONFIDENCES, OPTIMIZERS, make_confidence
+from launch.specs import example_of
 from launch.tasks import TASKS
 
 RESUME_IF_THERE = "if-there"
@@ -107,7 +101,7 @@ class TrainOptions:
                 make_confidence(self.confidence)
             except ValueError as error:
                 raise UsageError(f"--confidence {self.confidence}: {error}") from error
-        if self.hook == "sign-vote":
+        if self.hook == SIGN_VOTE:
             self._check_vote()
         else:
             self._check_without_vote()
@@ -124,7 +118,7 @@ class TrainOptions:
         Raises:
             UsageError: names the option and what to do.
         """
-        if self.hook == "sign-vote":
+        if self.hook == SIGN_VOTE:
             try:
                 require_margin(self.margin, world_size)
             except ValueError as error:
@@ -177,6 +171,16 @@ class TrainOptions:
             raise UsageError(as_typed(error)) from error
 
     def _check_without_vote(self) -> None:
+        try:
+            gives = make_rival(self.hook).gives
+        except ValueError as error:
+            raise UsageError(f"--hook {self.hook}: {error}") from error
+        if gives == "direction" and (self.optimizer != "sgd" or self.momentum):
+            raise UsageError(
+                f"--hook {self.hook} keeps the moments itself and gives the direction of the step: it needs "
+                f"--optimizer sgd without --momentum, got {self.optimizer}"
+                + (f" --momentum {self.momentum:g}" if self.momentum else "")
+            )
         for name, default in _VOTE_DEFAULTS:
             if getattr(self, name) != default:
                 hint = " (without a vote, L2 is the optimizer's --weight-decay)" if name == "l2" else ""
@@ -221,7 +225,9 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
 
     link = parser.add_argument_group("what goes over the link")
-    link.add_argument("--hook", choices=HOOKS, default="none", help="how gradients are combined")
+    link.add_argument(
+        "--hook", metavar="NAME[:KEY=VALUE,...]", default="none", help=f"how gradients are combined: {', '.join(HOOKS)}"
+    )
     link.add_argument("--confidence", metavar="NAME[:KEY=VALUE,...]", help=f"who may vote: {_confidence_help()}")
     link.add_argument("--margin", type=int, default=1, help="least lead of a verdict, in votes")
     link.add_argument("--l2", type=float, default=0.0, help="added to each rank's gradient before the vote")
@@ -298,4 +304,4 @@ def _flag(name: str) -> str:
 
 
 def _confidence_help() -> str:
-    return ", ".join(f"{name}:{entry.example}" for name, entry in CONFIDENCES.items()).replace("%", "%%")
+    return ", ".join(example_of(name, make) for name, make in CONFIDENCES.items()).replace("%", "%%")

@@ -39,10 +39,11 @@ from distsign.kernels import kernels_for
 from launch import check, checkpoint
 from launch.data import DataError
 from launch.fetch import fetch_fashion_mnist
+from launch.hooks import SIGN_VOTE, Combiner, SignVote, Traffic, bucket_cap_mb, register_hook
 from launch.metrics import MetricsFile, describe_machine
 from launch.options import RESUME_IF_THERE, TrainOptions, UsageError, as_typed, exit_with, parse_options
 from launch.runtime import Ranks, agree, choose_device, start
-from launch.schemes import HOOKS, Combiner, Traffic, make_optimizer
+from launch.schemes import make_optimizer
 from launch.tasks import TASKS, Shard, Task
 
 DEFAULT_EPOCHS = 4.0
@@ -94,11 +95,14 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.net: nn.Module = self.task.build_model().to(device)
         self.model = DistributedDataParallel(
-            self.net, device_ids=[device] if device.type == "cuda" else None, bucket_cap_mb=options.bucket_cap_mb
+            self.net,
+            device_ids=[device] if device.type == "cuda" else None,
+            bucket_cap_mb=bucket_cap_mb(options, device),
         )
         try:
-            self.combiner: Combiner = HOOKS[options.hook](self.model, options)
-            self.optimizer: Optimizer = make_optimizer(self.model, options, self.combiner)
+            self.combiner: Combiner = register_hook(self.model, options)
+            vote_state = self.combiner.state if isinstance(self.combiner, SignVote) else None
+            self.optimizer: Optimizer = make_optimizer(self.model, options, vote_state)
         except ValueError as error:
             raise UsageError(as_typed(error)) from error
         self.replicas: ReplicaCheck | None = None
@@ -315,6 +319,11 @@ class Trainer:
         """Return what this rank takes over from another number of ranks."""
         rank, world_size = self.ranks.rank, self.ranks.world_size
         hooks = [own["hook"] for own in owns]
+        if any(hooks) and self.options.hook != SIGN_VOTE:
+            raise UsageError(
+                f"what --hook {self.options.hook} keeps cannot be cut anew: the checkpoint was written by {len(owns)} "
+                f"ranks, start as many, not {world_size}"
+            )
         heirs = owns[rank::world_size]
         return {
             **owns[rank % len(owns)],

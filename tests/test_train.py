@@ -15,10 +15,12 @@ import torch
 from distsign.exchange import EXCHANGES
 from distsign.traffic import ring_all_reduce_bytes
 from launch import train as train_module
+from launch.hooks import Traffic
 from launch.metrics import MetricsFile, read_lines
 from launch.options import WIRES, TrainOptions, UsageError, parse_options
 from launch.runtime import Ranks, choose_device
-from launch.schemes import CONFIDENCES, OPTIMIZERS, Traffic, make_confidence
+from launch.schemes import CONFIDENCES, OPTIMIZERS, make_confidence
+from launch.specs import example_of
 from launch.train import Trainer
 from tests.distributed.ranks import REPOSITORY, RankPool, pool
 from tests.distributed.torchrun import launch
@@ -131,8 +133,8 @@ def test_only_the_last_folder_of_a_path_is_made(tmp_path: Path, monkeypatch: pyt
 
 
 def test_confidence_by_name() -> None:
-    for name, entry in CONFIDENCES.items():
-        assert make_confidence(f"{name}:{entry.example}") is not None
+    for name, make in CONFIDENCES.items():
+        assert repr(make_confidence(example_of(name, make))) == repr(make())
     made = make_confidence("adaptive:beta2=2,beta1=0.5")
     assert (made.beta1, made.beta2) == (0.5, 2.0)  # type: ignore[attr-defined]
 
