@@ -125,7 +125,7 @@ def test_a_long_gap_comes_back() -> None:
 @pytest.mark.parametrize("num_elements", [512, 4096])
 def test_qsgd_stays_below_the_papers_bound(num_elements: int) -> None:
     rival = QSGD(levels=1, chunk=num_elements)
-    lengths = [rival.encode(normal((num_elements,), seed)).numel() for seed in range(20)]
+    lengths = [rival.encode("p", normal((num_elements,), seed)).numel() for seed in range(20)]
     # The bound leaves out a term that vanishes, so not at these sizes: half as much again at most.
     assert num_elements / 64 < sum(lengths) / len(lengths) < 1.5 * rival.payload_bound_bytes(num_elements)
 
@@ -134,7 +134,7 @@ def test_qsgd_stays_below_the_papers_bound(num_elements: int) -> None:
 def test_qsgd_of_zeros_is_zeros(chunk: int) -> None:
     rival = QSGD(chunk=chunk)
     found = torch.zeros(600)
-    rival.accumulate(rival.encode(torch.zeros(600)), found)
+    rival.accumulate(rival.encode("p", torch.zeros(600)), found)
     assert not found.any()
 
 

@@ -129,11 +129,7 @@ class HookRival(Rival):
         """See `Rival`; all ranks must call it."""
         self._names = {id(p): name for name, p in model.module.named_parameters()}
         self._link = Link.twin(model.process_group)
-        self.begin(self._link.rank)
         model.register_comm_hook(self, _hook)
-
-    def begin(self, rank: int) -> None:
-        """Learn this rank's number before the first step; for what ranks must not draw alike."""
 
     def traffic(self, num_steps: int) -> ExchangeBytes:
         """See `Rival`; what was counted does not depend on the number of steps."""

@@ -45,7 +45,17 @@ class PowerSGD(Rival):
         self._state: powerSGD_hook.PowerSGDState | None = None
 
     def register(self, model: DistributedDataParallel) -> None:
-        """See `Rival`."""
+        """See `Rival`.
+
+        Raises:
+            ValueError: a parameter is a scalar, which torch's hook cannot take.
+        """
+        scalars = [name for name, p in model.module.named_parameters() if p.requires_grad and p.ndim == 0]
+        if scalars:
+            raise ValueError(
+                f"torch's PowerSGD hook takes no scalars, and {scalars[0]} is one: give it the shape (1,), or take "
+                "another hook"
+            )
         self._shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
         self._world_size = world_size_of(model.process_group)
         self._state = powerSGD_hook.PowerSGDState(

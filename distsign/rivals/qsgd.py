@@ -40,7 +40,7 @@ class QSGD(StochasticRival):
         self.levels = int(require_range("levels", levels, 1, 2**20))
         self.chunk = int(require_range("chunk", chunk, 1, 2**31))
 
-    def encode(self, gradient: Tensor) -> Tensor:
+    def encode(self, name: str, gradient: Tensor) -> Tensor:
         """Return a tensor's payload, uint8: norms, then the stream; on the CPU."""
         flat = gradient.reshape(-1).cpu()
         num_chunks = -(-flat.numel() // self.chunk)
@@ -49,7 +49,7 @@ class QSGD(StochasticRival):
         norms = padded.view(num_chunks, self.chunk).norm(dim=1)
         scaled = self.levels * flat.abs() / norms.repeat_interleave(self.chunk)[: flat.numel()]
         # A chunk of zeros has norm 0.
-        level = (scaled.nan_to_num(0.0) + self.uniform(flat)).floor().int()
+        level = (scaled.nan_to_num(0.0) + self.uniform(name, flat)).floor().int()
         stream = write_levels(torch.where(flat < 0, -level, level).numpy())
         return torch.cat([float_bytes(norms), torch.from_numpy(stream)])
 
@@ -63,7 +63,7 @@ class QSGD(StochasticRival):
 
     def combine(self, pieces: Sequence[Piece], link: Link) -> None:
         """See `HookRival`: the mean of what the payloads stand for."""
-        payloads = [self.encode(piece.gradient) for piece in pieces]
+        payloads = [self.encode(piece.name, piece.gradient) for piece in pieces]
         device = pieces[0].gradient.device
         lengths = link.all_gather(torch.tensor([payload.numel() for payload in payloads], device=device)).cpu()
         sizes: list[int] = lengths.sum(1).tolist()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import zlib
 
 import torch
 from torch import Tensor
@@ -23,21 +22,12 @@ class StochasticRival(HookRival):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._seed = int(seed)
-        self._generator = torch.Generator().manual_seed(self._seed)
 
-    def begin(self, rank: int) -> None:
-        """See `HookRival`."""
-        self._generator.manual_seed(self._seed + 0x9E3779B97F4A7C15 * (rank + 1) % 2**62)
+    def uniform(self, name: str, like: Tensor) -> Tensor:
+        """Return uniform numbers in [0, 1), float32, in the shape and on the device of a tensor.
 
-    def uniform(self, like: Tensor) -> Tensor:
-        """Return uniform numbers in [0, 1), float32, in the shape and on the device of a tensor."""
-        return torch.rand(like.shape, generator=self._generator).to(like.device)
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Rival`."""
-        return {**super().state_dict(), "generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Rival`."""
-        super().load_state_dict(state)
-        self._generator.set_state(state["generator"])
+        They depend on seed, rank, step and the parameter's name: never on the order in which buckets come, which
+        changes after a process's first step.
+        """
+        key = zlib.crc32(f"{self._seed} {self._link.rank} {self.step} {name}".encode())
+        return torch.rand(like.shape, generator=torch.Generator().manual_seed(key)).to(like.device)

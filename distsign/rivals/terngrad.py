@@ -36,12 +36,11 @@ class TernGrad(StochasticRival, GatheringRival):
 
     def encode(self, name: str, gradient: Tensor) -> Tensor:
         """See `GatheringRival`."""
-        del name
         if self.clip:
             limit = self.clip * gradient.std(correction=0).item()
             gradient = gradient.clamp(-limit, limit)
         scale = gradient.abs().max()
-        chosen = self.uniform(gradient) * scale < gradient.abs()
+        chosen = self.uniform(name, gradient) * scale < gradient.abs()
         return torch.cat([float_bytes(scale), pack_bits(chosen), pack_bits(gradient > 0)])
 
     def accumulate(self, payload: Tensor, total: Tensor) -> None:

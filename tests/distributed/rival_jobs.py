@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ Oracle = Callable[[int, str, list[Tensor], Memory], Tensor]
 class Given(nn.Module):
     """A model whose gradients are what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Iterable[str] = SHAPES) -> None:
         super().__init__()
-        for name, shape in SHAPES.items():
+        for name, shape in ((name, SHAPES[name]) for name in names):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def forward(self, wanted: dict[str, Tensor]) -> Tensor:
@@ -182,8 +182,10 @@ ORACLES: dict[str, tuple[dict[str, float], Oracle]] = {
 # ---------------------------------------------------------------------------------------------------------------- jobs
 
 
-def start(name: str, values: dict[str, float], *, one_bucket: bool = False) -> tuple[Any, DDP]:
-    model = DDP(Given(), bucket_cap_mb=1e3 if one_bucket else BUCKET_CAP_MB)
+def start(
+    name: str, values: dict[str, float], *, one_bucket: bool = False, parameters: Iterable[str] = SHAPES
+) -> tuple[Any, DDP]:
+    model = DDP(Given(parameters), bucket_cap_mb=1e3 if one_bucket else BUCKET_CAP_MB)
     rival = make_rival(name, **values)
     rival.register(model)
     return rival, model
@@ -196,8 +198,9 @@ def backward(model: DDP, step: int, dtype: torch.dtype = torch.float32) -> dict[
     return {name: torch.as_tensor(p.grad).clone() for name, p in model.module.named_parameters()}
 
 
-def equal_the_oracle(name: str, num_steps: int) -> str:
+def equal_the_oracle(rank: int, world_size: int, name: str, num_steps: int) -> str:
     """Hold what comes back to the equations, at each step; return a digest of it all, the same on all ranks."""
+    del rank
     values, oracle = ORACLES[name]
     rival, model = start(name, values)
     memories: dict[str, Memory] = {each: defaultdict(float) for each in SHAPES}
@@ -205,7 +208,7 @@ def equal_the_oracle(name: str, num_steps: int) -> str:
     for step in range(num_steps):
         found = backward(model, step)
         for each in SHAPES:
-            grads = [gradient(rank, step, each) for rank in range(dist.get_world_size())]
+            grads = [gradient(k, step, each) for k in range(world_size)]
             expected = oracle(step, each, grads, memories[each])
             torch.testing.assert_close(found[each], expected, rtol=1e-4, atol=1e-6)
             seen.append(found[each].flatten())
@@ -213,7 +216,7 @@ def equal_the_oracle(name: str, num_steps: int) -> str:
     return str(hash(tuple(torch.cat(seen).tolist())))
 
 
-def count_bytes(name: str, values: dict[str, float], num_steps: int) -> None:
+def count_bytes(rank: int, world_size: int, name: str, values: dict[str, float], num_steps: int) -> None:
     """Hold counted bytes to the formula, with the buckets as DDP makes them."""
     rival, model = start(name, values)
     assert isinstance(rival, HookRival)
@@ -232,7 +235,7 @@ def count_bytes(name: str, values: dict[str, float], num_steps: int) -> None:
     expected = ExchangeBytes()
     for step, buckets in enumerate(layouts):
         for shapes in buckets:
-            found = rival.bucket_bytes(shapes, dist.get_rank(), dist.get_world_size(), step)
+            found = rival.bucket_bytes(shapes, rank, world_size, step)
             assert found is not None
             expected += found
     assert len(layouts) == num_steps and len(layouts[-1]) > 1, "else nothing is shown"
@@ -240,17 +243,18 @@ def count_bytes(name: str, values: dict[str, float], num_steps: int) -> None:
     rival.close()
 
 
-def mean_of_draws(name: str, values: dict[str, float], num_steps: int) -> dict[str, tuple[float, float]]:
+def mean_of_draws(
+    rank: int, world_size: int, name: str, values: dict[str, float], num_steps: int
+) -> dict[str, tuple[float, float]]:
     """Return, for each parameter, how far the mean of many steps is from the mean gradient, and how far one step is."""
+    del rank
     rival, model = start(name, values)
     totals = {each: torch.zeros(shape) for each, shape in SHAPES.items()}
     for _ in range(num_steps):
         for each, found in backward(model, 0).items():
             totals[each] += found / num_steps
     last = backward(model, 0)
-    expected = {
-        each: torch.stack([gradient(rank, 0, each) for rank in range(dist.get_world_size())]).mean(0) for each in SHAPES
-    }
+    expected = {each: torch.stack([gradient(k, 0, each) for k in range(world_size)]).mean(0) for each in SHAPES}
     rival.close()
     return {
         each: ((totals[each] - expected[each]).norm().item(), (last[each] - expected[each]).norm().item())
@@ -258,39 +262,39 @@ def mean_of_draws(name: str, values: dict[str, float], num_steps: int) -> dict[s
     }
 
 
-def power_sgd(num_steps: int) -> None:
+def power_sgd(rank: int, world_size: int, num_steps: int) -> None:
     """Two plain steps, then the factors' bytes; what comes back has the rank that was asked for."""
-    rival, model = start("power-sgd", {"rank": 2}, one_bucket=True)
-    world_size = dist.get_world_size()
+    try:
+        start("power-sgd", {}, one_bucket=True)
+    except ValueError as error:
+        assert "takes no scalars, and gain is one" in str(error)
+    else:
+        raise AssertionError("torch cannot take a scalar")
+    shapes = {each: shape for each, shape in SHAPES.items() if shape}
+    rival, model = start("power-sgd", {"rank": 2}, one_bucket=True, parameters=shapes)
     for step in range(num_steps):
         found = backward(model, step)
-        expected = {
-            each: torch.stack([gradient(rank, step, each) for rank in range(world_size)]).mean(0) for each in SHAPES
-        }
+        expected = {each: torch.stack([gradient(k, step, each) for k in range(world_size)]).mean(0) for each in shapes}
         if step < 2:
             torch.testing.assert_close(found["last"], expected["last"], rtol=1e-4, atol=1e-5)
         else:
             assert torch.linalg.matrix_rank(found["last"]) == 2
             torch.testing.assert_close(found["bias"], expected["bias"], rtol=1e-4, atol=1e-5)
-    num_elements = sum(math.prod(shape) for shape in SHAPES.values())
+    num_elements = sum(math.prod(shape) for shape in shapes.values())
     both = 2 * ring_all_reduce_bytes(num_elements, 4, world_size)
-    factors = sum(power_sgd_elements(list(SHAPES.values()), 2))
+    factors = sum(power_sgd_elements(list(shapes.values()), 2))
     both += (num_steps - 2) * ring_all_reduce_bytes(factors, 4, world_size)
+    assert both < num_steps * ring_all_reduce_bytes(num_elements, 4, world_size)
     counted = rival.traffic(num_steps)
-    assert (
-        counted.sent_bytes + counted.received_bytes
-        == both
-        < num_steps * ring_all_reduce_bytes(num_elements, 4, world_size)
-    )
+    assert counted.sent_bytes + counted.received_bytes == both
 
 
-def half(name: str) -> None:
+def half(rank: int, world_size: int, name: str) -> None:
     """The mean, as near as the format has it, and half the bytes."""
     rival, model = start(name, {})
     found = backward(model, 0)
-    world_size = dist.get_world_size()
     for each in SHAPES:
-        expected = torch.stack([gradient(rank, 0, each) for rank in range(world_size)]).mean(0)
+        expected = torch.stack([gradient(k, 0, each) for k in range(world_size)]).mean(0)
         torch.testing.assert_close(found[each], expected, rtol=2e-2, atol=2e-2)
     assert any((found[each] != gradient(0, 0, each)).any() for each in SHAPES)
     num_elements = sum(math.prod(shape) for shape in SHAPES.values())
@@ -298,8 +302,9 @@ def half(name: str) -> None:
     assert counted.sent_bytes + counted.received_bytes == ring_all_reduce_bytes(num_elements, 2, world_size)
 
 
-def resume(name: str, values: dict[str, float]) -> None:
+def resume(rank: int, world_size: int, name: str, values: dict[str, float]) -> None:
     """Stop after two steps, go on in a new object: the same numbers and bytes as without a stop."""
+    del rank, world_size
     whole, model = start(name, values, one_bucket=True)
     expected = [backward(model, step) for step in range(5)]
     first, model = start(name, values, one_bucket=True)
@@ -315,8 +320,9 @@ def resume(name: str, values: dict[str, float]) -> None:
     assert second.traffic(5) == whole.traffic(5)
 
 
-def break_one(name: str) -> None:
+def break_one(rank: int, world_size: int, name: str) -> None:
     """What goes wrong on the thread is an error of backward, on that rank, that says what was done."""
+    del rank, world_size
     rival, model = start(name, {})
 
     def fail(pieces: Any, link: Any) -> None:
@@ -327,6 +333,5 @@ def break_one(name: str) -> None:
         backward(model, 0)
     except RuntimeError as error:
         assert "could not combine a bucket" in str(error) and "OSError: the cable" in str(error), error
-        assert all(p.grad is None or p.grad.isnan().all() for p in model.parameters())
     else:
         raise AssertionError("backward went well")
