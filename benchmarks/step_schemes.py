@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from distsign.rivals.half import AllReduce
+from distsign.rivals.all_reduce import AllReduce
 from distsign.traffic import top_k_slots
 from launch.hooks import Combiner, RivalCombiner, SignVote, bucket_cap_mb, register_hook
 from launch.models import ByteGPT, LeNet

@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import torch
 
+from distsign.rivals.all_reduce import AllReduce
 from distsign.rivals.base import Rival, RivalError
 from distsign.rivals.dgc import DGC
 from distsign.rivals.ef_sign_sgd import EFSignSGD
-from distsign.rivals.half import AllReduce
 from distsign.rivals.lion import DistributedLion
 from distsign.rivals.one_bit_adam import OneBitAdam
 from distsign.rivals.one_bit_sgd import OneBitSGD
