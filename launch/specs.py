@@ -14,7 +14,7 @@ def make_from_spec(kind: str, spec: str, known: Mapping[str, Callable[..., Any]]
 
     Args:
         kind: what it is, for errors.
-        spec: `NAME` or `NAME:KEY=VALUE,...`; values are numbers.
+        spec: `NAME` or `NAME:KEY=VALUE,...`; values are numbers, whole ones where those by default are.
         known: by name, what makes it; its parameters are the keys.
         others: further names that errors mention.
 
@@ -22,8 +22,8 @@ def make_from_spec(kind: str, spec: str, known: Mapping[str, Callable[..., Any]]
         ValueError: the name or a key is unknown, a value is no number or out of range.
 
     Example:
-        >>> make_from_spec("pair", "both:a=1,b=2.5", {"both": lambda a=0, b=0: (a, b)})
-        (1.0, 2.5)
+        >>> make_from_spec("pair", "both:a=1,b=2.5", {"both": lambda a=0, b=0.0: (a, b)})
+        (1, 2.5)
     """
     name, _, values = spec.partition(":")
     if name not in known:
@@ -35,10 +35,12 @@ def make_from_spec(kind: str, spec: str, known: Mapping[str, Callable[..., Any]]
         if key not in keys:
             has = f"expected {', '.join(keys)}, as in {example_of(name, known[name])}" if keys else "it has no values"
             raise ValueError(f"{name} has no {key!r}: {has}")
+        kind_of_number = int if isinstance(keys[key].default, int) else float
         try:
-            arguments[key] = float(text)
+            arguments[key] = kind_of_number(text)
         except ValueError as error:
-            raise ValueError(f"{key} must be a number, got {text!r}, as in {example_of(name, known[name])}") from error
+            what = "a whole number" if kind_of_number is int else "a number"
+            raise ValueError(f"{key} must be {what}, got {text!r}, as in {example_of(name, known[name])}") from error
     return known[name](**arguments)
 
 
