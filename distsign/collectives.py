@@ -6,6 +6,9 @@ facts in DESIGN.md); it counts every byte where the collective is called.
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,7 +19,7 @@ from torch import Tensor
 from distsign.nest import put_tensors, take_tensors
 from distsign.traffic import ring_all_reduce_bytes
 
-__all__ = ["Link", "all_gather", "all_to_all", "gather_values", "ranks_of", "world_size_of"]
+__all__ = ["Link", "LinkError", "all_gather", "all_to_all", "gather_values", "ranks_of", "world_size_of"]
 
 T = TypeVar("T")
 
@@ -77,6 +80,10 @@ def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
 def world_size_of(group: dist.ProcessGroup | None) -> int:
     """Return the number of ranks in a group, None being the default one; 1 where no process group was initialised."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+class LinkError(RuntimeError):
+    """Bytes did not get through between ranks: one has ended or hangs, or a link between them does."""
 
 
 class Link:
@@ -154,35 +161,64 @@ class Link:
             dist.destroy_process_group(self.group)
             self.group = None
 
-    def all_to_all(self, source: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Send `send[k]` elements to rank k and receive `receive[k]` from it."""
+    def all_to_all(self, source: Tensor, send: list[int], receive: list[int], what: str = "an exchange") -> Tensor:
+        """Send `send[k]` elements to rank k and receive `receive[k]` from it.
+
+        Raises:
+            LinkError: on the CPU, within the group's timeout, if they do not get through; it names `what`, and ranks.
+        """
         if self.group is None:
             return source
         target = source.new_empty(sum(receive))
-        all_to_all(target, source, receive, send, self.group)
+        with self._watch(what):
+            all_to_all(target, source, receive, send, self.group)
         self.sent_bytes += (sum(send) - send[self.rank]) * source.itemsize
         self.received_bytes += (sum(receive) - receive[self.rank]) * source.itemsize
         return target
 
-    def all_gather(self, source: Tensor) -> Tensor:
-        """Return `source` of all ranks, one row each."""
+    def all_gather(self, source: Tensor, what: str = "an exchange") -> Tensor:
+        """Return `source` of all ranks, one row each.
+
+        Raises:
+            LinkError: see `all_to_all`.
+        """
         if self.group is None:
             return source.unsqueeze(0)
-        target = all_gather(source, self.group)
+        with self._watch(what):
+            target = all_gather(source, self.group)
         others = (self.world_size - 1) * source.numel() * source.itemsize
         self.sent_bytes += others
         self.received_bytes += others
         return target
 
     def all_reduce_mean(self, values: Tensor) -> None:
-        """Replace values by their mean over all ranks, in place; counted as a ring."""
+        """Replace values by their mean over all ranks, in place; counted as a ring.
+
+        Raises:
+            LinkError: see `all_to_all`.
+        """
         if self.group is None:
             return
-        dist.all_reduce(values, group=self.group)
+        with self._watch("a mean over all ranks"):
+            dist.all_reduce(values, group=self.group)
         values /= self.world_size
         both = ring_all_reduce_bytes(values.numel(), values.itemsize, self.world_size)
         self.sent_bytes += both // 2
         self.received_bytes += both - both // 2
+
+    @contextlib.contextmanager
+    def _watch(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            assert self.group is not None
+            limit = _timeout_of(self.group)
+            within = "" if limit is None else f" (timeout {limit.total_seconds():g} s)"
+            raise LinkError(
+                f"{what} did not get through among ranks {ranks_of(self.group)}, after {time.monotonic() - began:.1f} s"
+                f"{within}: {_in_short(error)}"
+            ) from error
 
     def gather_values(self, value: T) -> list[T]:
         """Return every rank's `value`, in order of rank; not counted. Blocks."""
@@ -227,6 +263,12 @@ def _group_of(parent: dist.ProcessGroup, parts: list[list[int]]) -> dist.Process
             mine = group if dist.get_rank() in ranks else mine
     assert mine is not None
     return mine
+
+
+def _in_short(error: RuntimeError) -> str:
+    """Return the first sentence of torch's words, without the place in its own sources."""
+    text = str(error).partition("] ")[2] or str(error)
+    return text.splitlines()[0].partition(". ")[0]
 
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:

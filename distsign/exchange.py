@@ -152,13 +152,15 @@ class VoteExchange:
             float32 `[sizes[local_rank]]`.
         """
         own = sizes[self._node.rank]
-        found = self._node.all_to_all(buffer, list(sizes), [own] * self._node.world_size)
+        found = self._node.all_to_all(buffer, list(sizes), [own] * self._node.world_size, "the mean within a node")
         return _mean(found.view(self._node.world_size, own).float())
 
     def share_in_node(self, payloads: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Return what every rank of the node has: each its `payloads`, uint8 of `sizes[local_rank]` bytes."""
         copies = payloads.repeat(self._node.world_size)
-        found = self._node.all_to_all(copies, [payloads.numel()] * self._node.world_size, list(sizes))
+        found = self._node.all_to_all(
+            copies, [payloads.numel()] * self._node.world_size, list(sizes), "verdicts within a node"
+        )
         return list(torch.split(found, list(sizes)))
 
     def vote(
@@ -187,12 +189,13 @@ class VoteExchange:
         if self.kind == "all_gather":
             return self._all_gather(ballots, verdicts, buffer, owner, starts, kernels)
         own = ballots.sizes[self.rank]
-        found = self._voters.all_to_all(buffer, list(ballots.sizes), [own] * self.num_voters)
+        found = self._voters.all_to_all(buffer, list(ballots.sizes), [own] * self.num_voters, "ballots to their owners")
         received = found.view(self.num_voters, own)
         poisoned = self._check(ballots, {self.rank: received}, self.local_rank)
         payload = self._count(ballots, verdicts, self.rank, received, poisoned, owner, starts, kernels)
         own = verdicts.sizes[self.rank]
-        return self._voters.all_to_all(payload.repeat(self.num_voters), [own] * self.num_voters, list(verdicts.sizes))
+        copies = payload.repeat(self.num_voters)
+        return self._voters.all_to_all(copies, [own] * self.num_voters, list(verdicts.sizes), "verdicts to all ranks")
 
     def read(self, verdicts: Form, payloads: Tensor, kernels: Kernels, column: int = 0) -> Verdicts:
         """Open what `vote` returned, here or on another rank of the node, the one of number `column`.
@@ -208,7 +211,7 @@ class VoteExchange:
     def _all_gather(
         self, ballots: Form, verdicts: Form, buffer: Tensor, owner: Owner, starts: IntArray, kernels: Kernels
     ) -> Tensor:
-        received = self._voters.all_gather(buffer)
+        received = self._voters.all_gather(buffer, "ballots to all ranks")
         parts = [part.contiguous() for part in torch.split(received, list(ballots.sizes), dim=1)]
         poisoned = self._check(ballots, dict(enumerate(parts)), self.local_rank)
         payloads = []
@@ -301,8 +304,8 @@ class VoteExchange:
         damage, self._damage = self._damage, torch.zeros_like(self._damage)
         if not self._checksum:
             return damage != 0
-        by_node = self._voters.all_gather(damage.view(1)).view(-1)
-        everyones = self._node.all_gather(by_node).t().flatten()  # in order of rank
+        by_node = self._voters.all_gather(damage.view(1), "word of damage").view(-1)
+        everyones = self._node.all_gather(by_node, "word of damage").t().flatten()  # in order of rank
         bad = (everyones != 0).any()
         if bad.device.type != "cpu":
             self._mismatch = bad if self._mismatch is None else self._mismatch | bad

@@ -272,9 +272,8 @@ class VotePipeline:
                     self._end_step()
         except BaseException as error:  # noqa: BLE001  (it is raised again where the user can see it)
             assert self.exchange is not None
-            num_elements = sum(bucket.gradient.numel() for bucket in group)
             self._error = VoteError(
-                f"the vote on {len(group)} bucket(s) of {num_elements:,} elements failed on "
+                f"in step {self._counts.num_steps} the vote on {self._describe(group)} failed on "
                 f"{self.exchange.describe()}: {type(error).__name__}: {error}"
             )
             self._error.__cause__ = error
@@ -286,6 +285,13 @@ class VotePipeline:
                 bucket.future.set_result(bucket.gradient)
             else:
                 bucket.future.set_exception(self._error)  # type: ignore[arg-type]
+
+    def _describe(self, group: list[_Bucket]) -> str:
+        rows = [row for bucket in group for row in bucket.rows]
+        names = [name for row in rows if (name := self._registry.name(row)) is not None]
+        elements = f"{len(rows)} parameters, {sum(bucket.gradient.numel() for bucket in group):,} elements"
+        first = f"{names[0]} to {names[-1]}" if len(names) > 1 else "".join(names) or "unnamed"
+        return f"{len(group)} bucket(s), {first} ({elements}),"
 
     def _vote(self, group: list[_Bucket], plan: Plan, ballots: Tensor | None, scale: Tensor) -> None:
         assert self.exchange is not None and self.owner is not None

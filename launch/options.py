@@ -71,12 +71,23 @@ class TrainOptions:
     checkpoint_every: int | None
     stop_after: int | None
     check_replicas: int
+    timeout: float
     resume: str | None
     metrics: str | None
 
     # What may differ between a run and the one that resumes it; all else decides the numbers.
     _OF_NO_CONSEQUENCE = frozenset(
-        {"data", "device", "checkpoint", "checkpoint_every", "stop_after", "check_replicas", "resume", "metrics"}
+        {
+            "data",
+            "device",
+            "checkpoint",
+            "checkpoint_every",
+            "stop_after",
+            "check_replicas",
+            "timeout",
+            "resume",
+            "metrics",
+        }
     )
 
     def trajectory(self) -> dict[str, Any]:
@@ -150,6 +161,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{_flag(name)} must be 1 or more, got {value}")
+        if not 0 < self.timeout < 1e6:
+            raise UsageError(f"--timeout must be above 0, in seconds, got {self.timeout:g}")
         if self.check_replicas < 0:
             raise UsageError(f"--check-replicas must be 0 (never) or more, got {self.check_replicas}")
         if self.epochs is not None and not 0 < self.epochs < 1e6:
@@ -253,6 +266,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=100,
         metavar="STEPS",
         help="compare parameters and optimizer state between the ranks so often, and before a checkpoint; 0: never",
+    )
+    out.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="end with an error where another rank does not answer for so long",
     )
     out.add_argument(
         "--resume",

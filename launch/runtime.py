@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.rendezvous import rendezvous
 
+from distsign.collectives import LinkError
 from launch.options import UsageError
+
+ARRIVAL = timedelta(minutes=30)
+"""So long the first ranks wait for the last to start."""
+_LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out waiting", "Socket")
+"""What Gloo says where another rank has ended or hangs."""
+
+
+class RankLostError(Exception):
+    """Another rank has ended or hangs, or a link to it does."""
+
+
+def is_of_a_lost_rank(error: RuntimeError) -> bool:
+    """Return whether torch, or the hook, raised this because another rank did not answer."""
+    causes = error, error.__cause__
+    return any(isinstance(each, (LinkError, dist.DistError)) for each in causes) or any(w in str(error) for w in _LOST)
 
 
 @dataclass(frozen=True)
@@ -74,8 +92,14 @@ def choose_device(wanted: str, ranks: Ranks) -> torch.device:
     return torch.device("cpu")
 
 
-def start(ranks: Ranks, device: torch.device) -> None:
-    """Share the machine's cores between its ranks and make the default process group: NCCL on GPUs, else Gloo."""
+def start(ranks: Ranks, device: torch.device, timeout_s: float) -> None:
+    """Share the machine's cores between its ranks and make the default process group: NCCL on GPUs, else Gloo.
+
+    Args:
+        ranks: this process's place.
+        device: where it computes.
+        timeout_s: after which a rank that waits for another in vain raises; not for those that have yet to arrive.
+    """
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -85,7 +109,14 @@ def start(ranks: Ranks, device: torch.device) -> None:
         # A process alone needs no network, but DDP and its hooks need a group.
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, device_id=device_id)
     else:
-        dist.init_process_group(backend, device_id=device_id)
+        store, rank, world_size = next(rendezvous("env://", timeout=ARRIVAL))
+        # Until all are here: a machine may still be fetching the data, which takes longer than a lost rank should.
+        store.set(f"arrived/{rank}", "")
+        store.wait([f"arrived/{k}" for k in range(world_size)], ARRIVAL)
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+        )
 
 
 def agree(what: str, mine: str, ranks: Ranks, advice: str) -> None:

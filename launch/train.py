@@ -42,7 +42,7 @@ from launch.fetch import fetch_fashion_mnist
 from launch.hooks import SIGN_VOTE, Combiner, SignVote, Traffic, bucket_cap_mb, register_hook
 from launch.metrics import MetricsFile, describe_machine
 from launch.options import RESUME_IF_THERE, TrainOptions, UsageError, as_typed, exit_with, parse_options
-from launch.runtime import Ranks, agree, choose_device, start
+from launch.runtime import RankLostError, Ranks, agree, choose_device, is_of_a_lost_rank, start
 from launch.schemes import make_optimizer
 from launch.tasks import TASKS, Shard, Task
 
@@ -109,10 +109,26 @@ class Trainer:
         if options.check_replicas:
             self.replicas = ReplicaCheck(self.net, self.optimizer, every=options.check_replicas)
         self._has_warned = False
+        self._doing = "starting"
         self.progress = Progress(0, torch.zeros((), dtype=torch.float64, device=device))
 
     def run(self) -> None:
-        """Train to the last step, and write what was measured."""
+        """Train to the last step, and write what was measured.
+
+        Raises:
+            RankLostError: another rank has ended or hangs, or a link to it; within `--timeout`.
+        """
+        try:
+            self._run()
+        except RuntimeError as error:
+            if not is_of_a_lost_rank(error):
+                raise
+            raise RankLostError(
+                f"rank {self.ranks.rank} of {self.ranks.world_size} {self._doing}, after step {self.progress.step}, "
+                f"waited in vain for another rank: {error}"
+            ) from error
+
+    def _run(self) -> None:
         self._compile_kernels()
         self._resume()
         metrics = MetricsFile(self.options.metrics if self.ranks.is_first else None, self.progress.step)
@@ -137,6 +153,7 @@ class Trainer:
         measured: dict[str, Any] = {}
         with self._bar() as bar:
             while self.progress.step < last_step:
+                self._doing = "training"
                 self._train_step()
                 step = self.progress.step
                 bar.update()
@@ -227,6 +244,7 @@ class Trainer:
     def _measure(self) -> dict[str, Any]:
         """Test the model on all ranks together; the same numbers on each, but for its own times."""
         progress = self.progress
+        self._doing = "testing"
         self.net.eval()
         tested = self.task.evaluate(self.net, self.ranks.rank, self.ranks.world_size, self.device)
         self.net.train()
@@ -273,6 +291,7 @@ class Trainer:
 
     def _save(self) -> None:
         assert self.options.checkpoint is not None
+        self._doing = "writing a checkpoint"
         if self.replicas is not None:
             self.replicas.check()  # only rank 0's parameters are kept
         progress = self.progress
@@ -349,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
             fetch_fashion_mnist(
                 options.data, say=lambda text: print(f"launch.train: {text}", file=sys.stderr, flush=True)
             )
-        start(ranks, device)
+        start(ranks, device, options.timeout)
         trainer = Trainer(options, ranks, device)
         trainer.run()
         trainer.close()
@@ -358,6 +377,11 @@ def main(argv: list[str] | None = None) -> None:
         exit_with(str(error))
     except ReplicaError as error:
         exit_with(str(error), code=1)
+    except RankLostError as error:
+        # Each rank for itself: nobody knows who is left.
+        print(f"launch.train: error: {error}", file=sys.stderr, flush=True)
+        time.sleep(1)  # torchrun ends all as soon as one has ended; let the others speak
+        os._exit(1)
     except KeyboardInterrupt:
         exit_with("interrupted", code=130)
 

@@ -38,7 +38,9 @@ class DGC(GatheringRival):
 
     gives = "direction"
 
-    def __init__(self, density: float = 0.001, momentum: float = 0.9, warmup_steps: int = 200, clip: float = 0.0) -> None:
+    def __init__(
+        self, density: float = 0.001, momentum: float = 0.9, warmup_steps: int = 200, clip: float = 0.0
+    ) -> None:
         super().__init__()
         self.density = require_range("density", density, 0, 1, low_open=True)
         self.momentum = require_range("momentum", momentum, 0, 1)
