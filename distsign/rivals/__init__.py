@@ -5,8 +5,8 @@
     ...
     rival.traffic(num_steps).sent_bytes
 
-Each class names its paper, the equation, what is sent and where it departs. None has the vote's poison: a NaN on one rank
-stays in what they keep, as their papers leave it.
+Each class names its paper, the equation, what is sent and where it departs. None has the vote's poison: a NaN
+on one rank stays in what they keep, as their papers leave it.
 """
 
 from __future__ import annotations
