@@ -14,6 +14,7 @@ import torch
 
 from distsign.exchange import EXCHANGES
 from distsign.traffic import ring_all_reduce_bytes
+from launch import checkpoint
 from launch import train as train_module
 from launch.metrics import MetricsFile, read_lines
 from launch.options import WIRES, TrainOptions, UsageError, parse_options
@@ -243,7 +244,7 @@ def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit(tmp_path: Path, world
         assert a["traffic"] == b["traffic"]
     lines = [read_lines(tmp_path / f"{name}.jsonl") for name in ("unbroken", "broken")]
     assert without_times(lines[0]) == without_times(lines[1])
-    checkpoints = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("unbroken", "broken")]
+    checkpoints = [checkpoint.read(str(tmp_path / f"{name}.pt")) for name in ("unbroken", "broken")]
     assert equal(*checkpoints)
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
@@ -267,20 +268,20 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
         assert first == second, "the ranks must agree"
         return str(first)
 
-    assert "there is no --checkpoint" in error("--resume")
+    assert error("--resume").startswith(f"--checkpoint {path} is not there, and there is none before it: leave out")
     assert error("--resume", "if-there") == "None"
     assert f"--checkpoint {path} belongs to another run: --lr was 0.001, is 0.002" in error("--resume", "--lr", "2e-3")
     assert "--seed was 0, is 1" in error("--resume", "--seed", "1")
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    saved = checkpoint.read(str(path))
+    saved["shared"]["model"].pop("conv1.bias")
+    checkpoint.write(str(path), saved)
+    assert f"--checkpoint {path} does not fit this model: Error(s) in loading state_dict for" in error("--resume")
+    checkpoint_before = Path(checkpoint.previous_of(str(path)))
+    path.write_bytes(path.read_bytes()[:-5])
     damaged = error("--resume")
-    assert (
-        f"--checkpoint {path} is damaged: its {len(whole) // 2:,} bytes are no whole checkpoint. Put a copy" in damaged
-    )
-    assert "leave out --resume" in damaged
-    torch.save({"something": "else"}, path)
-    assert "is no checkpoint of format 1" in error("--resume")
-    path.write_bytes(whole)
+    assert damaged.startswith(f"--checkpoint {path} is damaged: it has ")
+    assert f". The one before it, {checkpoint_before}, of step 2, is whole: --resume previous takes it" in damaged
+    assert error("--resume", "if-there") == error("--resume", "previous") == "None"
     argv = ["--optimizer", "adam", "--steps", "3", "--checkpoint", str(path), "--resume"]
     results = pool(3).run(train, argv)
     assert all(
@@ -297,7 +298,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, argv: list[s
     path = tmp_path / "run.pt"
     files = [*argv, "--steps", "9", "--eval-every", "3", "--checkpoint", str(path)]
     pool(4).run(train, [*files, "--batch-size", "4", "--stop-after", "4"], deadline_s=90)
-    saved = torch.load(path, weights_only=True)
+    saved = checkpoint.read(str(path))
     taken_over = pool(3).run(take_over, [*files, "--batch-size", "6", "--resume"], deadline_s=90)
     for name in saved["ranks"][0]["hook"].get("voter", ()):
         old, new = (sum(each["hook"]["voter"][name]["carry"] for each in of) for of in (saved["ranks"], taken_over))
@@ -305,7 +306,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, argv: list[s
     assert sum(own["num_losses"] for own in saved["ranks"]) == sum(own["num_losses"] for own in taken_over) > 0
     results = pool(3).run(train, [*files, "--batch-size", "6", "--resume"], deadline_s=90)
     assert len({tuple(result["parameters"].tolist()) for result in results}) == 1
-    finished = torch.load(path, weights_only=True)
+    finished = checkpoint.read(str(path))
     assert finished["shared"]["step"] == 9 and len(finished["ranks"]) == 3
 
 
