@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def go_on_at_each(rank: int, world_size: int, case: Case, folder: str, stops: li
         load(parts, f"{folder}/step-{stop}")
         assert parts["step"] == stop
         resumed.train(rank, range(stop, 12))
-        different = paths(unbroken.kept(), resumed.kept())
+        # A new process begins with DDP's first layout of buckets again, and each group of them has its own headers.
+        different = [path for path in paths(unbroken.kept(), resumed.kept()) if not path.startswith(".vote.traffic")]
         assert not different, f"after a stop at step {stop}: {different[:5]}"
         resumed.state.close()
     unbroken.state.close()
@@ -83,7 +85,7 @@ def load_elsewhere(rank: int, world_size: int, case: Case, folder: str) -> tuple
     """Return what a rank takes over, and a digest of the parameters three steps later."""
     run = Run(case)
     load(run.parts(-1), folder)
-    taken_over = run.kept()
+    taken_over = copy.deepcopy(run.kept())
     run.train(rank, range(5, 8))
     run.state.close()
     return taken_over, digest(run.net)
