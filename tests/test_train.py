@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import subprocess
 import sys
 import time
@@ -221,23 +223,34 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "median_step_s"} for line in lines if line["event"] != "start"]
 
 
+RMS = [*VOTE, "--confidence", "rms:k=4"]
+
+
 @pytest.mark.parametrize(
     ("world_size", "argv"),
     [
         (4, [*VOTE, "--confidence", "target-density:density=0.05", "--bucket-cap-mb", "0.05"]),
         (2, ["--optimizer", "adam", "--hook", "none"]),
+        (2, [*RMS, "--momentum", "0"]),
+        (2, [*RMS, "--optimizer", "signum", "--owner-carry", "plain", "--margin", "2"]),
+        (2, [*RMS, "--optimizer", "sign-adam", "--owner-carry", "standing", "--bucket-cap-mb", "0.05"]),
+        (2, [*RMS, "--optimizer", "adamw", "--bits-per-param", "0.2", "--margin", "2", "--weight-decay", "0.1"]),
     ],
 )
-def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit(tmp_path: Path, world_size: int, argv: list[str]) -> None:
+def test_a_run_resumed_at_any_step_repeats_an_unbroken_one_bit_for_bit(
+    tmp_path: Path, world_size: int, argv: list[str]
+) -> None:
     argv = [*argv, "--steps", "12", "--eval-every", "3"]
+    stops = sorted(random.Random(" ".join(argv)).sample(range(1, 12), 3))
 
     def run(name: str, *more: str) -> list[dict[str, Any]]:
         files = ["--checkpoint", str(tmp_path / f"{name}.pt"), "--metrics", str(tmp_path / f"{name}.jsonl")]
         return pool(world_size).run(train, [*argv, *files, *more], deadline_s=90)
 
     unbroken = run("unbroken")
-    run("broken", "--stop-after", "4")
-    run("broken", "--resume", "--stop-after", "1")
+    run("broken", "--stop-after", str(stops[0]))
+    for before, stop in itertools.pairwise(stops):
+        run("broken", "--resume", "--stop-after", str(stop - before))
     resumed = run("broken", "--resume")
     for a, b in zip(unbroken, resumed, strict=True):
         assert torch.equal(a["parameters"], b["parameters"])
