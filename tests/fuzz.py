@@ -28,7 +28,7 @@ from distsign.voter import rotating_starts
 from distsign.wire import HEADER_BYTES, Header, PayloadError
 from tests.fuzz_oracle import Bytes, Read, SlowOwner, checksum_of, in_plane_order, read
 
-PAYLOADS_A_SETTING = 1000
+PAYLOADS_A_SETTING = 500
 HANG_S = 60.0
 NUM_VALID = 12
 CHANGES = (
@@ -73,8 +73,8 @@ class Setting:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Setting:
-        num_voters = int(rng.integers(1, 7))
-        sizes = [int(rng.choice([1, 7, 33, 500, 512, 1100])) for _ in range(rng.integers(1, 5))]
+        num_voters = int(rng.choice([2, 3, rng.integers(1, 7)]))
+        sizes = [int(rng.choice([1, 1, 7, 33, 500, 512, 1100])) for _ in range(rng.integers(1, 8))]
         shapes = [Shape(index, size) for index, size in enumerate(sizes)]
         cut = int(rng.integers(0, len(shapes)))
         layout = Layout.build([part for part in (shapes[:cut], shapes[cut:]) if part], num_voters)
@@ -83,12 +83,12 @@ class Setting:
         ballots, verdicts = forms(
             layout,
             density,
-            str(rng.choice(["auto", "planes", "sparse"])),
+            str(rng.choice(["auto", "planes", "sparse", "sparse"])),
             owner_carry=owner_carry is not None,
             num_raw=int(rng.choice([0, 0, 9])),
             checksum=bool(rng.integers(2)),
         )
-        margin = int(rng.integers(1, num_voters + 1))
+        margin = int(rng.choice([1, rng.integers(1, num_voters + 1)]))
         kind, forget = str(rng.choice(["two_phase", "all_gather"])), bool(rng.integers(2))
         rank = int(rng.integers(num_voters))
         return cls(kind, layout, ballots, verdicts, rank, num_voters, margin, owner_carry, forget)
@@ -102,11 +102,11 @@ class Setting:
         )
 
 
-def valid(form: Form, owner: int, rng: np.random.Generator) -> Bytes:
+def valid(form: Form, owner: int, honesty: float, rng: np.random.Generator) -> Bytes:
     """Return a payload that an honest rank might send, or one that spends its slots on other pieces than it should."""
     spans, numbers = form.layout.owned(owner)
     num_bytes = form.layout.plane_bytes(owner)
-    mask, honest = np.zeros(8 * num_bytes, dtype=bool), rng.random() < 0.95
+    mask, honest = np.zeros(8 * num_bytes, dtype=bool), rng.random() < honesty
     for k, number in enumerate(numbers.tolist()):
         length = int(spans.length[k])
         most = length if form.caps is None else int(form.caps[number])
@@ -115,13 +115,15 @@ def valid(form: Form, owner: int, rng: np.random.Generator) -> Bytes:
     code = form.codes[owner]
     if not honest and code is not None and code.num_bits:
         mask[:] = False
-        mask[rng.choice(code.num_bits, code.num_slots, replace=False)] = True
+        first = int(rng.integers(0, code.num_bits - code.num_slots + 1))  # in a row, or anywhere
+        mask[first : first + code.num_slots] = rng.random() < 0.5
+        mask[rng.choice(code.num_bits, code.num_slots - int(mask.sum()), replace=False)] = True
     sign = mask & (rng.random(mask.size) < 0.5)
     planes = np.concatenate([np.packbits(bits, bitorder="little") for bits in (mask, sign)])
     crowded = None if form.caps is None else torch.from_numpy(rng.random(numbers.size) < 0.3)
     raw = torch.tensor(rng.normal(size=form.raw_elements[owner]).tolist(), dtype=torch.float32)
     poisoned = torch.tensor(bool(rng.random() < 0.01))
-    return form.seal_one(owner, torch.from_numpy(planes), crowded, raw, poisoned, cpu).numpy()
+    return form.seal_one(owner, torch.from_numpy(planes), crowded, raw, poisoned, cpu)[0].numpy()
 
 
 @dataclass
@@ -236,10 +238,10 @@ class Votes:
         self.exchange._voters = self.link  # type: ignore[assignment]
         self.owner = make_owner(setting.owner_carry, setting.margin, setting.num_voters, forget=setting.forget)
         self.slow = SlowOwner(setting.owner_carry, setting.margin, setting.num_voters, setting.forget)
-        owners = range(setting.num_voters)
+        owners, honesty = range(setting.num_voters), float(rng.choice([1.0, 0.8, 0.0, 0.0]))
         self.valid = {
             (form.verdict, owner): [
-                (row, read(form, owner, row)) for row in (valid(form, owner, rng) for _ in range(NUM_VALID))
+                (row, read(form, owner, row)) for row in (valid(form, owner, honesty, rng) for _ in range(NUM_VALID))
             ]
             for form in (setting.ballots, setting.verdicts)
             for owner in owners
