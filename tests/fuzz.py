@@ -8,9 +8,14 @@ and so is a vote that takes a minute.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
+import itertools
+import multiprocessing
+import os
 import sys
 from collections import Counter
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +33,9 @@ from distsign.voter import rotating_starts
 from distsign.wire import HEADER_BYTES, Header, PayloadError
 from tests.fuzz_oracle import Bytes, Read, SlowOwner, checksum_of, in_plane_order, read
 
-PAYLOADS_A_SETTING = 500
+PAYLOADS_A_SETTING = 1000
 HANG_S = 60.0
-NUM_VALID = 12
+NUM_VALID = 6
 CHANGES = (
     *("bits flipped", "votes flipped", "random", "random body", "zeros in the body", "ones in the body"),
     *("cut off", "moved", "header byte", "header random", "poison flag", "census", "average", "checksum", "another's"),
@@ -73,7 +78,7 @@ class Setting:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Setting:
-        num_voters = int(rng.choice([2, 3, rng.integers(1, 7)]))
+        num_voters = int(rng.choice([2, 3, rng.integers(1, 7), 12]))
         sizes = [int(rng.choice([1, 1, 7, 33, 500, 512, 1100])) for _ in range(rng.integers(1, 8))]
         shapes = [Shape(index, size) for index, size in enumerate(sizes)]
         cut = int(rng.integers(0, len(shapes)))
@@ -278,7 +283,7 @@ class Votes:
 
     def share_of(self, number: int) -> float:
         """Return which share of payloads to change: what is refused hides the others."""
-        return float(self.rng.choice([0.0, 0.0, 1.0 / number, 1.0 / number, 1.0]))
+        return float(self.rng.choice([0.0, 0.0, 0.0, 1.0 / number, 1.0]))
 
     def vote(self) -> int:
         setting, form = self.setting, self.setting.ballots
@@ -414,31 +419,54 @@ class Votes:
         self.tried.update((how, outcome) for how in ways if how)
 
 
-def fuzz(num_payloads: int, seed: int, first: int = 0) -> Counter[tuple[str, str]]:
+def try_setting(seed: int, number: int) -> Counter[tuple[str, str]]:
+    """Try `PAYLOADS_A_SETTING` payloads, or a few more, in one setting; see `fuzz`."""
+    rng = np.random.default_rng([seed, number])
+    setting = Setting.draw(rng)
+    tried: Counter[tuple[str, str]] = Counter()
+    faulthandler.dump_traceback_later(HANG_S, exit=True)
+    try:
+        votes, done = Votes(setting, rng, tried), 0
+        while done < PAYLOADS_A_SETTING:
+            done += votes.run()
+    except Exception as error:
+        again = f"python -m tests.fuzz --seed {seed} --first {number} --payloads 1"
+        raise AssertionError(f"{type(error).__name__}: {error} ({setting}); again by: {again}") from error
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return tried
+
+
+def fuzz(num_payloads: int, seed: int, first: int = 0, jobs: int = 0) -> Counter[tuple[str, str]]:
     """Try so many payloads; return how often each change had each outcome.
+
+    Args:
+        num_payloads: at least so many.
+        seed: of everything.
+        first: number of the first setting.
+        jobs: processes; 0 is this one. A crash or a hang then breaks the pool.
 
     Raises:
         AssertionError: something came to what it should not; it names the setting.
     """
     tried: Counter[tuple[str, str]] = Counter()
-    number = first
-    with tqdm(total=num_payloads, unit="payload", disable=num_payloads < 100_000, mininterval=1.0) as bar:
+    numbers = itertools.count(first)
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tqdm(total=num_payloads, unit="payload", disable=not jobs, mininterval=1.0) as bar,
+        ProcessPoolExecutor(jobs, spawn, _start_job) if jobs else contextlib.nullcontext() as pool,
+    ):
         while tried.total() < num_payloads:
-            rng = np.random.default_rng([seed, number])
-            setting = Setting.draw(rng)
-            votes, done = Votes(setting, rng, tried), 0
-            faulthandler.dump_traceback_later(HANG_S, exit=True)
-            try:
-                while done < PAYLOADS_A_SETTING:
-                    done += votes.run()
-            except Exception as error:
-                again = f"python -m tests.fuzz --seed {seed} --first {number} --payloads 1"
-                raise AssertionError(f"{type(error).__name__}: {error} ({setting}); again by: {again}") from error
-            finally:
-                faulthandler.cancel_dump_traceback_later()
-            bar.update(done)
-            number += 1
+            batch = list(itertools.islice(numbers, 4 * jobs if num_payloads > 1 and jobs else 1))
+            for found in (pool.map if pool else map)(try_setting, [seed] * len(batch), batch):
+                tried += found
+                bar.update(found.total())
     return tried
+
+
+def _start_job() -> None:
+    torch.set_num_threads(1)
+    faulthandler.enable()
 
 
 def report(tried: Counter[tuple[str, str]]) -> str:
@@ -456,13 +484,14 @@ def main() -> None:
     parser.add_argument("--payloads", type=int, default=1_000_000, help="how many to try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, metavar="SETTING", help="the first setting's number")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    faulthandler.enable()
     try:
-        tried = fuzz(options.payloads, options.seed, options.first)
+        tried = fuzz(options.payloads, options.seed, options.first, max(1, options.jobs))
     except AssertionError as error:
         sys.exit(f"tests.fuzz: {error}")
+    except BrokenExecutor:
+        sys.exit("tests.fuzz: a process crashed, or hung for a minute and was ended; its stacks are above")
     print(report(tried))
     print(f"{tried.total():,} changed payloads, seed {options.seed}: no crash, no hang, no verdict but the oracle's")
 
