@@ -303,6 +303,20 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     )
 
 
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    argv = ["--steps", "3", "--checkpoint", str(path), "--checkpoint-every", "1"]
+    assert in_one_process(*argv, "--stop-after", "2").returncode == 0
+    path.write_bytes(path.read_bytes()[:1000])
+    done = in_one_process(*argv, "--resume", "if-there", "--metrics", str(tmp_path / "m.jsonl"))
+    assert done.returncode == 0, done.stderr
+    words = f"launch.train: warning: --checkpoint {path} is damaged: it has 955 bytes after its header, which says "
+    assert words in done.stderr and f": going on from {path}.previous, of step 1" in done.stderr
+    assert read_lines(tmp_path / "m.jsonl")[0]["first_step"] == 1
+    steps = [checkpoint.read(name)["shared"]["step"] for name in (str(path), checkpoint.previous_of(str(path)))]
+    assert steps == [3, 2]
+
+
 @pytest.mark.parametrize(
     "argv", [[*VOTE, "--confidence", "rms:k=4", "--owner-carry", "plain"], ["--optimizer", "adam"]]
 )
