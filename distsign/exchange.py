@@ -242,7 +242,15 @@ class VoteExchange:
         if found.crowded is not None:
             # A minority cannot raise the thresholds of all by claiming to be crowded.
             crowded = too_many | (2 * found.crowded.sum(0) >= self.num_voters)
-        return verdicts.seal_one(shard, planes, crowded, mean, poisoned, kernels)
+        payload, fits = verdicts.seal_one(shard, planes, crowded, mean, poisoned, kernels)
+        if fits.device.type == "cpu" and not (poisoned or fits):
+            liars = ", ".join(map(str, ballots.overfull(shard, found, kernels)))
+            raise PayloadError(
+                f"rank {self.rank} counts more verdicts than a payload has slots for: rank {liars} cast more ballots "
+                "on a parameter than its cap allows, which no distsign does"
+            )
+        self._require(fits | poisoned, poisoned, "verdicts")  # on CUDA; the payload carries poison
+        return payload
 
     def _require(self, ok: Tensor, poisoned: Tensor, what: str) -> Tensor:
         """Raise if a body was malformed; on CUDA, where that would wait, poison the step and remember it."""

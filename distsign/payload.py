@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distsign.digest import CHECKSUM_BYTES, checksums
-from distsign.kernels import Kernels
+from distsign.kernels import Kernels, plane_bytes
 from distsign.layout import IntArray, Layout, Shape, shard_table
 from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header
 from distsign.wire.sparse import SparseCode
@@ -183,11 +183,22 @@ class Form:
 
     def seal_one(
         self, owner: int, planes: Tensor, crowded: Tensor | None, raw: Tensor, poisoned: Tensor, kernels: Kernels
-    ) -> Tensor:
-        """Return one owner's payload, uint8 `[sizes[owner]]`; planes, census and raw are those of its share."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return one owner's payload and whether it has slots for all votes, else it carries poison.
+
+        Args:
+            owner: whose pieces it speaks of.
+            planes: uint8 `[2 * plane_bytes]`, of its share, as are `crowded` and `raw`; see `seal`.
+            crowded: see `seal`.
+            raw: see `seal`.
+            poisoned: see `seal`.
+            kernels: see `seal`.
+
+        Returns:
+            `(payload, fits)`: uint8 `[sizes[owner]]`, and a bool scalar tensor.
+        """
         payload = torch.empty(self.sizes[owner], dtype=torch.uint8, device=planes.device)
-        self._seal_into(payload, owner, planes, crowded, raw, poisoned, kernels)
-        return payload
+        return payload, self._seal_into(payload, owner, planes, crowded, raw, poisoned, kernels)
 
     def _seal_into(
         self,
@@ -198,20 +209,25 @@ class Form:
         raw: Tensor,
         poisoned: Tensor,
         kernels: Kernels,
-    ) -> None:
+    ) -> Tensor:
         payload[:HEADER_BYTES] = self._header_bytes(owner, planes.device)
         payload[POISON_BYTE] |= poisoned.to(torch.uint8) * POISON_FLAG
         start, end, last = self._cuts(owner)
-        code = self.codes[owner]
+        code, fits = self.codes[owner], poisoned.new_ones(())
         if crowded is not None:
             payload[HEADER_BYTES:start] = _pack_bits(crowded & ~poisoned)
         if code is None:
             torch.where(poisoned, planes.new_zeros(()), planes, out=payload[start:end])
         else:
-            kernels.encode_sparse(planes, self.layout.plane_bytes(owner), code, payload[start:end])
+            fits = kernels.encode_sparse(planes, self.layout.plane_bytes(owner), code, payload[start:end])
+            if fits.device.type != "cpu" or not fits:
+                # What lay in this memory before must not travel, and would be other bytes on other ranks.
+                payload[start:end].masked_fill_(~fits, 0)
+                payload[POISON_BYTE] |= (~fits).to(torch.uint8) * POISON_FLAG
         payload[end:last] = raw.view(torch.uint8)
         if self.checksum:
             payload[last:] = checksums(payload[None, :last])[0]
+        return fits
 
     def _cuts(self, owner: int) -> tuple[int, int, int]:
         """Return where in an owner's payload its body begins and ends, and where the checksum would begin."""
@@ -242,6 +258,24 @@ class Form:
         num_pieces = self.layout.owned(owner)[1].size
         crowded = None if self.caps is None else _unpack_bits(payloads[:, HEADER_BYTES:start], num_pieces)
         return Opened(payloads, start, self.layout.plane_bytes(owner), self.codes[owner], crowded, raw)
+
+    def overfull(self, owner: int, ballots: Opened, kernels: Kernels) -> list[int]:
+        """Return the senders with more ballots on a piece than its cap, or beyond its end: no honest one has any.
+
+        Args:
+            owner: whose pieces they speak of.
+            ballots: as `open` returned them, on the CPU.
+            kernels: backend of the CPU.
+        """
+        assert self.caps is not None
+        spans, numbers = self.layout.owned(owner)
+        rows, at, _ = ballots.planes(kernels)
+        mask = np.unpackbits(rows[:, at : at + ballots.num_bytes].numpy(), axis=1, bitorder="little")
+        found = np.zeros(rows.shape[0], dtype=bool)
+        for first, length, cap in zip(8 * spans.mask_at, spans.length, self.caps[numbers], strict=True):
+            found |= mask[:, first : first + length].sum(1, dtype=np.int64) > cap
+            found |= mask[:, first + length : first + 8 * plane_bytes(int(length))].any(1)
+        return np.flatnonzero(found).tolist()
 
     def open_all(self, buffer: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Read the payloads of all owners.

@@ -1,26 +1,64 @@
-"""One file that holds all a run needs to go on: what all ranks share, and what each keeps for itself."""
+"""The file that holds all a run needs to go on, what ranks share and what each keeps for itself, and the one before.
+
+A file begins with its format, its length and a digest, so that damage of any kind is found before anything is taken
+from it. `FILE.previous` is the checkpoint before `FILE`: it is there should `FILE` be damaged afterwards, or should the
+run have died between the two renames that put a new one in place.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 
-from launch.options import UsageError
+from launch.options import RESUME_IF_THERE, RESUME_PREVIOUS, UsageError
 from launch.runtime import Ranks
 
-FORMAT = 1
+FORMAT = 2
+_MAGIC = b"distsign checkpoint "
+_HEADER = struct.Struct(f"<{len(_MAGIC)}sBQ16s")  # magic, format, bytes that follow, their XXH3 of 128 bits
 _OF_A_WORLD_SIZE = ("batch_size", "steps", "epochs")
 
 
-def save(path: str, shared: dict[str, Any], own: dict[str, Any], ranks: Ranks) -> None:
-    """Write a checkpoint on rank 0's machine; a file of that name is replaced at once, whole, or not at all.
+class UnusableError(Exception):
+    """A file that no run can go on from; the message says why, and reads on from the file's name."""
 
-    All ranks must call it.
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run goes on from.
+
+    Attributes:
+        shared: what was the same on all ranks.
+        ranks: what each of those that wrote it had kept for itself.
+        path: the file it is from.
+        warning: why that is not the file that was asked for, in words; None where it is.
+    """
+
+    shared: dict[str, Any]
+    ranks: list[dict[str, Any]]
+    path: str
+    warning: str | None = None
+
+
+def previous_of(path: str) -> str:
+    """Return where the checkpoint before the one at `path` lies."""
+    return f"{path}.previous"
+
+
+def save(path: str, shared: dict[str, Any], own: dict[str, Any], ranks: Ranks) -> None:
+    """Write a checkpoint on rank 0's machine; a whole one of that name becomes the previous one.
+
+    Wherever the process is killed, `path` or `previous_of(path)` is whole afterwards, if there was one. All ranks must
+    call it.
 
     Args:
         path: the file; its folder is made where it is missing, but none above it.
@@ -30,65 +68,154 @@ def save(path: str, shared: dict[str, Any], own: dict[str, Any], ranks: Ranks) -
     """
     everyones: list[Any] | None = [None] * ranks.world_size if ranks.is_first else None
     dist.gather_object(own, everyones)
-    if not ranks.is_first:
-        return
+    if ranks.is_first:
+        write(path, {"shared": shared, "ranks": everyones})
+
+
+def write(path: str, content: dict[str, Any]) -> None:
+    """Put a file in place at once, whole, or not at all, and keep the whole one that it replaces as the previous."""
     target = Path(path)
     target.parent.mkdir(exist_ok=True)
+    body = io.BytesIO()
+    torch.save(content, body)
+    data = body.getbuffer()
+    # What a killed process has left; one that is still writing to the same name would be a mistake, and fails.
+    for leftover in target.parent.iterdir():
+        if leftover.name.startswith(f"{target.name}.partial-"):
+            leftover.unlink(missing_ok=True)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            torch.save({"format": FORMAT, "shared": shared, "ranks": everyones}, file)
+            file.write(_HEADER.pack(_MAGIC, FORMAT, len(data), xxhash.xxh3_128_digest(data)))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        # A damaged file must not take the place of a good previous one.
+        with contextlib.suppress(UnusableError, FileNotFoundError):
+            _body_of(target)
+            target.replace(previous_of(path))
+            _sync_folder(target.parent)
         partial.replace(target)
         _sync_folder(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def load(path: str, trajectory: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+def read(path: str) -> dict[str, Any]:
+    """Return what `write` has put into a file; no code in it is run (`weights_only`).
+
+    Raises:
+        UnusableError: the file is damaged, or no checkpoint.
+        FileNotFoundError: there is none.
+    """
+    try:
+        content = torch.load(io.BytesIO(_body_of(Path(path))), map_location="cpu", weights_only=True)
+    except (UnusableError, FileNotFoundError):
+        raise
+    except Exception as error:  # torch raises whatever the bytes lead to, in words that help nobody
+        raise UnusableError("holds something else than numbers, words and tensors, which is not loaded") from error
+    if not isinstance(content, dict) or content.keys() != {"shared", "ranks"}:
+        raise UnusableError("is no checkpoint of launch.train")
+    return content
+
+
+def load(path: str, resume: str, trajectory: dict[str, Any], ranks: Ranks) -> Checkpoint | None:
     """Read a checkpoint on rank 0's machine and hand it to every rank.
 
     All ranks must call it.
 
     Args:
         path: the file.
+        resume: the value of `--resume`. `"must"` takes the file; `"previous"` the one before it; `"if-there"` the file,
+            or the one before it where the file cannot be used, or none where there is none of both.
         trajectory: this run's options that decide the numbers; the checkpoint's must be the same.
         ranks: this process's place. With another number of ranks than the checkpoint's the batch of a rank may be
             another too, and the length may be given in another way.
 
     Returns:
-        What all ranks share, and what each of those that wrote it had kept; None where there is no such file.
+        The checkpoint; None where there is none and `resume` is `"if-there"`.
 
     Raises:
-        UsageError: on all ranks alike, where the file is damaged, or of another run.
+        UsageError: on all ranks alike, where there is no file, or it is damaged, foreign, or of another run.
     """
     message: list[Any] = [None]
     if ranks.is_first:
-        message[0] = _read(path, trajectory, ranks.world_size)
+        try:
+            message[0] = choose(path, resume, trajectory, ranks.world_size)
+        except UsageError as error:
+            message[0] = str(error)
     dist.broadcast_object_list(message, src=0)
     if isinstance(message[0], str):
         raise UsageError(message[0])
-    return None if message[0] is None else (message[0]["shared"], message[0]["ranks"])
+    found: Checkpoint | None = message[0]
+    return found
 
 
-def _read(path: str, trajectory: dict[str, Any], world_size: int) -> dict[str, Any] | str | None:
-    """Return the checkpoint, None where there is none, or what is wrong with it in words."""
-    if not Path(path).exists():
-        return None
+def choose(path: str, resume: str, trajectory: dict[str, Any], world_size: int) -> Checkpoint | None:
+    """Do what `load` does, on one rank alone."""
+    before = previous_of(path)
+    if resume == RESUME_PREVIOUS:
+        try:
+            return _open(before, trajectory, world_size)
+        except (FileNotFoundError, UnusableError) as error:
+            raise UsageError(f"--resume previous: {_said(before, error)}") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        return f"--checkpoint {path} cannot be read: {error.strerror}; make it readable, or take another"
-    except Exception:  # noqa: BLE001  (torch raises whatever the damaged bytes lead to, in words that help nobody)
-        return (
-            f"--checkpoint {path} is damaged: its {Path(path).stat().st_size:,} bytes are no whole checkpoint. Put a "
-            "copy in its place, or remove it and leave out --resume to start anew"
-        )
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        return f"--checkpoint {path} is no checkpoint of format {FORMAT}: remove it or take another"
+        return _open(path, trajectory, world_size)
+    except (FileNotFoundError, UnusableError) as error:
+        trouble, is_missing = f"--checkpoint {_said(path, error)}", isinstance(error, FileNotFoundError)
+    try:
+        previous = _open(before, trajectory, world_size)
+    except FileNotFoundError:
+        if is_missing and resume == RESUME_IF_THERE:
+            return None
+        advice = "" if is_missing else "put a copy in its place, or remove it; "
+        raise UsageError(f"{trouble}, and there is none before it: {advice}leave out --resume to start anew") from None
+    except UnusableError as error:
+        raise UsageError(
+            f"{trouble}, and the one before it cannot be used either: {_said(before, error)}; put a copy in its place, "
+            "or remove both and leave out --resume to start anew"
+        ) from error
+    step = previous.shared["step"]
+    if resume == RESUME_IF_THERE:
+        return Checkpoint(previous.shared, previous.ranks, before, f"{trouble}: going on from {before}, of step {step}")
+    raise UsageError(f"{trouble}. The one before it, {before}, of step {step}, is whole: --resume previous takes it")
+
+
+def _said(path: str, error: Exception) -> str:
+    return f"{path} is not there" if isinstance(error, FileNotFoundError) else f"{path} {error}"
+
+
+def _open(path: str, trajectory: dict[str, Any], world_size: int) -> Checkpoint:
+    """Read a file and hold it to this run; a whole one of another run is the user's mistake, not damage."""
+    content = read(path)
     misfit = _misfit(content, trajectory, world_size)
-    return content if misfit is None else f"--checkpoint {path} {misfit}"
+    if misfit is not None:
+        raise UsageError(f"--checkpoint {path} {misfit}")
+    return Checkpoint(content["shared"], content["ranks"], path)
+
+
+def _body_of(path: Path) -> memoryview:
+    """Return the bytes of a file's body, which are those that were written; raises what `read` does."""
+    try:
+        data = memoryview(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnusableError(f"cannot be read: {error.strerror}") from error
+    start = bytes(data[: len(_MAGIC)])
+    if start != _MAGIC[: len(start)]:
+        raise UnusableError("is no checkpoint of launch.train: it begins with other bytes")
+    if len(data) < _HEADER.size:
+        raise UnusableError(f"is damaged: it ends after {len(data)} bytes, within its header")
+    _, version, num_bytes, digest = _HEADER.unpack(data[: _HEADER.size])
+    if version != FORMAT:
+        raise UnusableError(f"is a checkpoint of format {version}, this is launch.train of format {FORMAT}")
+    body = data[_HEADER.size :]
+    if len(body) != num_bytes:
+        raise UnusableError(f"is damaged: it has {len(body):,} bytes after its header, which says {num_bytes:,}")
+    if xxhash.xxh3_128_digest(body) != digest:
+        raise UnusableError("is damaged: its bytes are not those that were written, by their digest")
+    return body
 
 
 def _misfit(content: dict[str, Any], trajectory: dict[str, Any], world_size: int) -> str | None:

@@ -21,6 +21,7 @@ from launch.specs import example_of
 from launch.tasks import TASKS
 
 RESUME_IF_THERE = "if-there"
+RESUME_PREVIOUS = "previous"
 WIRES = ("auto", "planes", "sparse")
 _VOTE_DEFAULTS = (
     ("margin", 1),
@@ -255,7 +256,9 @@ def make_parser() -> argparse.ArgumentParser:
     out = parser.add_argument_group("results")
     out.add_argument("--metrics", metavar="FILE", help="append JSON lines to this file (rank 0)")
     out.add_argument("--eval-every", type=int, metavar="STEPS", help="test and write a line; by default every epoch")
-    out.add_argument("--checkpoint", metavar="FILE", help="keep the state of the run here (rank 0)")
+    out.add_argument(
+        "--checkpoint", metavar="FILE", help="keep the state of the run here (rank 0), the one before in FILE.previous"
+    )
     out.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="by default at the end only")
     out.add_argument(
         "--stop-after", type=int, metavar="STEPS", help="end this process early, after so many steps and a checkpoint"
@@ -278,8 +281,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--resume",
         nargs="?",
         const="must",
-        choices=("must", RESUME_IF_THERE),
-        help="go on from --checkpoint, which must be there; with 'if-there' a missing one starts a new run",
+        choices=("must", RESUME_IF_THERE, RESUME_PREVIOUS),
+        help="go on from --checkpoint, which must be there and whole; 'previous': from FILE.previous, the one before; "
+        "'if-there': from the first of both that is whole, or start a new run where there is none",
     )
     return parser
 

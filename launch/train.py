@@ -41,7 +41,7 @@ from launch.data import DataError
 from launch.fetch import fetch_fashion_mnist
 from launch.hooks import SIGN_VOTE, Combiner, SignVote, Traffic, bucket_cap_mb, register_hook
 from launch.metrics import MetricsFile, describe_machine
-from launch.options import RESUME_IF_THERE, TrainOptions, UsageError, as_typed, exit_with, parse_options
+from launch.options import TrainOptions, UsageError, as_typed, exit_with, parse_options
 from launch.runtime import RankLostError, Ranks, agree, choose_device, is_of_a_lost_rank, start
 from launch.schemes import make_optimizer
 from launch.tasks import TASKS, Shard, Task
@@ -315,14 +315,22 @@ class Trainer:
         if options.resume is None:
             return
         assert options.checkpoint is not None
-        loaded = checkpoint.load(options.checkpoint, self._trajectory(), self.ranks)
-        if loaded is None:
-            if options.resume == RESUME_IF_THERE:
-                return
+        found = checkpoint.load(options.checkpoint, options.resume, self._trajectory(), self.ranks)
+        if found is None:
+            return
+        if found.warning:
+            self._note(f"warning: {found.warning}")
+        try:
+            self._take_over(found)
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            # The options are the same, so the code was another: the model's layers, or what a hook keeps.
             raise UsageError(
-                f"--resume: there is no --checkpoint {options.checkpoint}; leave out --resume to start anew"
-            )
-        shared, owns = loaded
+                f"--checkpoint {found.path} does not fit this model: {' '.join(str(error).split())}; go on with the "
+                "code that wrote it, or take another --checkpoint"
+            ) from error
+
+    def _take_over(self, found: checkpoint.Checkpoint) -> None:
+        shared, owns = found.shared, found.ranks
         own = owns[self.ranks.rank] if len(owns) == self.ranks.world_size else self._inherited(owns)
         self.net.load_state_dict(shared["model"])
         self.optimizer.load_state_dict(shared["optimizer"])

@@ -13,7 +13,7 @@ PACKAGE = "distsign"
 # Each layer may import the ones before it in this list, and nothing else of distsign. A name stands for a module or a
 # package with all its modules; inside a package imports are free, but see `test_no_cycles`.
 LAYERS: list[set[str]] = [
-    {"confidence", "wire", "vote", "agreement", "nest", "registry", "optim_reference", "digest"},
+    {"confidence", "wire", "vote", "agreement", "nest", "registry", "optim_reference", "digest", "checkpoint_files"},
     {"kernels"},
     {"ballots", "layout"},
     {"payload", "voter", "steering"},
@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
     {"options", "replicas"},
     {"pipeline"},
     {"hook"},
+    {"checkpoint"},
     {"rivals", "robustness"},
     {"simulator"},
     {"study"},
@@ -34,6 +35,18 @@ LAYERS: list[set[str]] = [
 ]
 CALLS_COLLECTIVES = {"distsign.collectives", "distsign.simulator.probe"}  # the second times them for `calibrate`
 HOOK_MAY_USE = {"GradBucket", "ProcessGroup", "is_available", "is_initialized", "get_rank", "get_world_size"}
+# torch.distributed.checkpoint, which calls collectives by itself, and what tells whether there are ranks at all.
+CHECKPOINT_MAY_USE = {"checkpoint", "save", "load", "CheckpointException", "Stateful", "DefaultLoadPlanner"} | {
+    "FileSystemReader",
+    "Metadata",
+    "StorageMeta",
+    "TensorStorageMetadata",
+    "ReadItem",
+    "ProcessGroup",
+    "is_available",
+    "is_initialized",
+    "get_rank",
+}
 NOT_OURS_TO_IMPORT = {"launch", "benchmarks", "tests"}
 
 
@@ -172,6 +185,7 @@ def test_only_one_file_calls_collectives(name: str) -> None:
         assert not uses_of_distributed(tree_of(name)) - allowed
         return
     allowed = HOOK_MAY_USE if part(name) in {"hook", "pipeline", "replicas", "exchange"} else set()
+    allowed = CHECKPOINT_MAY_USE if part(name) in {"checkpoint", "checkpoint_files"} else allowed
     found = uses_of_distributed(tree_of(name)) - allowed
     assert not found, f"{name} uses torch.distributed's {', '.join(sorted(found))}: that belongs into collectives.py"
 

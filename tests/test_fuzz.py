@@ -11,13 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distsign.exchange import VoteExchange
 from distsign.kernels import Kernels, SparseCode, cpu, jit_sparse, reference
+from distsign.layout import Layout, Shape
+from distsign.owner import make_owner
+from distsign.payload import Form, forms
 from distsign.wire import HEADER_BYTES, Codec, Header, PayloadError
+from tests import fuzz
+from tests.fuzz_cases import CHANGES
 
 FILL = 0xA5
 NUM_CODES = 150
 NUM_BODIES = 150_000
 NUM_HEADERS = 100_000
+NUM_PAYLOADS = 10_000
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -181,3 +188,79 @@ def test_no_header_is_misread() -> None:
         assert header.encode() == data
         accepted += 1
     assert NUM_HEADERS // 4 < accepted < NUM_HEADERS * 3 // 4
+
+
+def test_no_payload_comes_to_anything_but_what_the_oracle_says() -> None:
+    tried = fuzz.fuzz(NUM_PAYLOADS, seed=1)
+    assert tried.total() >= NUM_PAYLOADS
+    assert {how for how, _ in tried} == {*CHANGES, "shorter", "longer"}
+    for outcome, least in (("refused", 0.1), ("poison", 0.1), ("verdict", 0.1)):
+        assert sum(count for (_, found), count in tried.items() if found == outcome) > least * NUM_PAYLOADS
+
+
+def take_any_header(data: bytes, expected: Header, *, sender: int, receiver: int) -> Header:
+    return expected
+
+
+def see_no_damage(form: Form, payloads: Tensor) -> Tensor:
+    return torch.zeros(payloads.shape[0], dtype=torch.bool)
+
+
+def take_any_body(body: Tensor, code: SparseCode, num_bytes: int, out: Tensor) -> Tensor:
+    out.zero_()
+    reference.decode_sparse(body, code, num_bytes, out)
+    return torch.tensor(True)
+
+
+def count_with_another_margin(payloads: Tensor, body_at: int, num_bytes: int, margin: int, out: Tensor) -> None:
+    reference.tally(payloads, body_at, num_bytes, max(1, margin - 1), out)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "defect"),
+    [
+        (Header, "expect", take_any_header),
+        (Form, "damaged", see_no_damage),
+        (cpu, "decode_sparse", take_any_body),
+        (cpu, "tally", count_with_another_margin),
+    ],
+)
+def test_fuzzing_finds_defects(monkeypatch: pytest.MonkeyPatch, place: object, name: str, defect: object) -> None:
+    monkeypatch.setattr(place, name, defect)
+    with pytest.raises(AssertionError, match=r"again by: python -m tests.fuzz --seed 2 --first \d+ --payloads 1$"):
+        fuzz.fuzz(2 * NUM_PAYLOADS, seed=2)
+
+
+@pytest.mark.parametrize("kind", ["two_phase", "all_gather"])
+def test_a_rank_that_votes_beyond_a_cap_is_named(kind: str) -> None:
+    """Its payload is well-formed, but then there are more verdicts than slots."""
+    layout = Layout.build([[Shape(0, 1), Shape(4, 500)]], 4)  # both are rank 0's
+    ballots, verdicts = forms(layout, 0.02, "sparse", owner_carry=False)
+    assert (ballots.codes[0].num_slots, verdicts.codes[0].num_slots) == (1 + 10, 1 + 4 * 10)  # type: ignore[union-attr]
+    num_bytes = layout.plane_bytes(0)
+    nothing, clean = torch.zeros(0), torch.tensor(False)
+
+    def payloads(votes: list[int]) -> Tensor:
+        mask = np.zeros(8 * num_bytes, dtype=bool)
+        mask[votes] = True
+        planes = torch.from_numpy(np.packbits(np.stack([mask, mask & False]), bitorder="little"))
+        rest = [ballots.seal_one(k, nothing.byte(), nothing.bool(), nothing, clean, cpu)[0] for k in (1, 2, 3)]
+        sealed, fits = ballots.seal_one(0, planes, torch.zeros(2, dtype=torch.bool), nothing, clean, cpu)
+        assert fits
+        return torch.cat([sealed, *rest])
+
+    second = 8 * int(layout.owned(0)[0].mask_at[1])
+    several = [[0, *range(second + 10 * k, second + 10 * k + 10)] for k in range(4)]
+    exchange, link = VoteExchange(None, kind), fuzz.FakeLink(0, 4)
+    exchange._voters = link  # type: ignore[assignment]
+
+    def vote(rows: list[list[int]]) -> Tensor:
+        arrived = torch.stack([payloads(row) for row in rows])
+        link.arriving = [arrived[:, : ballots.sizes[0]].flatten() if kind == "two_phase" else arrived]
+        starts = np.zeros(2, dtype=np.int64)
+        return exchange.vote(ballots, verdicts, arrived[0], make_owner(None, 1, 4), starts, cpu)
+
+    vote(several)
+    several[2] = [*range(second + 20, second + 30), second + 499]
+    with pytest.raises(PayloadError, match="counts more verdicts than a payload has slots for: rank 2 cast more"):
+        vote(several)

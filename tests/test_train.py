@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import torch
 
 from distsign.exchange import EXCHANGES
 from distsign.traffic import ring_all_reduce_bytes
+from launch import checkpoint
 from launch import train as train_module
 from launch.hooks import Traffic
 from launch.metrics import MetricsFile, read_lines
@@ -232,30 +235,41 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "median_step_s"} for line in lines if line["event"] != "start"]
 
 
+RMS = [*VOTE, "--confidence", "rms:k=4"]
+
+
 @pytest.mark.parametrize(
     ("world_size", "argv"),
     [
         (4, [*VOTE, "--confidence", "target-density:density=0.05", "--bucket-cap-mb", "0.05"]),
         (2, ["--optimizer", "adam", "--hook", "none"]),
+        (2, [*RMS, "--momentum", "0"]),
+        (2, [*RMS, "--optimizer", "signum", "--owner-carry", "plain", "--margin", "2"]),
+        (2, [*RMS, "--optimizer", "sign-adam", "--owner-carry", "standing", "--bucket-cap-mb", "0.05"]),
+        (2, [*RMS, "--optimizer", "adamw", "--bits-per-param", "0.2", "--margin", "2", "--weight-decay", "0.1"]),
     ],
 )
-def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit(tmp_path: Path, world_size: int, argv: list[str]) -> None:
+def test_a_run_resumed_at_any_step_repeats_an_unbroken_one_bit_for_bit(
+    tmp_path: Path, world_size: int, argv: list[str]
+) -> None:
     argv = [*argv, "--steps", "12", "--eval-every", "3"]
+    stops = sorted(random.Random(" ".join(argv)).sample(range(1, 12), 3))
 
     def run(name: str, *more: str) -> list[dict[str, Any]]:
         files = ["--checkpoint", str(tmp_path / f"{name}.pt"), "--metrics", str(tmp_path / f"{name}.jsonl")]
         return pool(world_size).run(train, [*argv, *files, *more], deadline_s=90)
 
     unbroken = run("unbroken")
-    run("broken", "--stop-after", "4")
-    run("broken", "--resume", "--stop-after", "1")
+    run("broken", "--stop-after", str(stops[0]))
+    for before, stop in itertools.pairwise(stops):
+        run("broken", "--resume", "--stop-after", str(stop - before))
     resumed = run("broken", "--resume")
     for a, b in zip(unbroken, resumed, strict=True):
         assert torch.equal(a["parameters"], b["parameters"])
         assert a["traffic"] == b["traffic"]
     lines = [read_lines(tmp_path / f"{name}.jsonl") for name in ("unbroken", "broken")]
     assert without_times(lines[0]) == without_times(lines[1])
-    checkpoints = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("unbroken", "broken")]
+    checkpoints = [checkpoint.read(str(tmp_path / f"{name}.pt")) for name in ("unbroken", "broken")]
     assert equal(*checkpoints)
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
@@ -279,26 +293,40 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
         assert first == second, "the ranks must agree"
         return str(first)
 
-    assert "there is no --checkpoint" in error("--resume")
+    assert error("--resume").startswith(f"--checkpoint {path} is not there, and there is none before it: leave out")
     assert error("--resume", "if-there") == "None"
     assert f"--checkpoint {path} belongs to another run: --lr was 0.001, is 0.002" in error("--resume", "--lr", "2e-3")
     assert "--seed was 0, is 1" in error("--resume", "--seed", "1")
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    saved = checkpoint.read(str(path))
+    saved["shared"]["model"].pop("conv1.bias")
+    checkpoint.write(str(path), saved)
+    assert f"--checkpoint {path} does not fit this model: Error(s) in loading state_dict for" in error("--resume")
+    checkpoint_before = Path(checkpoint.previous_of(str(path)))
+    path.write_bytes(path.read_bytes()[:-5])
     damaged = error("--resume")
-    assert (
-        f"--checkpoint {path} is damaged: its {len(whole) // 2:,} bytes are no whole checkpoint. Put a copy" in damaged
-    )
-    assert "leave out --resume" in damaged
-    torch.save({"something": "else"}, path)
-    assert "is no checkpoint of format 1" in error("--resume")
-    path.write_bytes(whole)
+    assert damaged.startswith(f"--checkpoint {path} is damaged: it has ")
+    assert f". The one before it, {checkpoint_before}, of step 2, is whole: --resume previous takes it" in damaged
+    assert error("--resume", "if-there") == error("--resume", "previous") == "None"
     argv = ["--optimizer", "adam", "--steps", "3", "--checkpoint", str(path), "--resume"]
     results = pool(3).run(train, argv)
     assert all(
         "was written by 2 ranks, for 2 steps; for 3 ranks this would be 3: give --steps 2" in r["error"]
         for r in results
     )
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    argv = ["--steps", "3", "--checkpoint", str(path), "--checkpoint-every", "1"]
+    assert in_one_process(*argv, "--stop-after", "2").returncode == 0
+    path.write_bytes(path.read_bytes()[:1000])
+    done = in_one_process(*argv, "--resume", "if-there", "--metrics", str(tmp_path / "m.jsonl"))
+    assert done.returncode == 0, done.stderr
+    words = f"launch.train: warning: --checkpoint {path} is damaged: it has 955 bytes after its header, which says "
+    assert words in done.stderr and f": going on from {path}.previous, of step 1" in done.stderr
+    assert read_lines(tmp_path / "m.jsonl")[0]["first_step"] == 1
+    steps = [checkpoint.read(name)["shared"]["step"] for name in (str(path), checkpoint.previous_of(str(path)))]
+    assert steps == [3, 2]
 
 
 @pytest.mark.parametrize(
@@ -309,7 +337,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, argv: list[s
     path = tmp_path / "run.pt"
     files = [*argv, "--steps", "9", "--eval-every", "3", "--checkpoint", str(path)]
     pool(4).run(train, [*files, "--batch-size", "4", "--stop-after", "4"], deadline_s=90)
-    saved = torch.load(path, weights_only=True)
+    saved = checkpoint.read(str(path))
     taken_over = pool(3).run(take_over, [*files, "--batch-size", "6", "--resume"], deadline_s=90)
     for name in saved["ranks"][0]["hook"].get("voter", ()):
         old, new = (sum(each["hook"]["voter"][name]["carry"] for each in of) for of in (saved["ranks"], taken_over))
@@ -317,7 +345,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, argv: list[s
     assert sum(own["num_losses"] for own in saved["ranks"]) == sum(own["num_losses"] for own in taken_over) > 0
     results = pool(3).run(train, [*files, "--batch-size", "6", "--resume"], deadline_s=90)
     assert len({tuple(result["parameters"].tolist()) for result in results}) == 1
-    finished = torch.load(path, weights_only=True)
+    finished = checkpoint.read(str(path))
     assert finished["shared"]["step"] == 9 and len(finished["ranks"]) == 3
 
 

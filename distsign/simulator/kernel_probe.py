@@ -197,7 +197,7 @@ def _vote(gradient: Tensor, lengths: Sequence[int], world_size: int, bits: float
     def count(shard: int, received: Tensor) -> Tensor:
         found = ballots.open(shard, received)
         planes, crowded, _ = owner.count(found, layout, shard, verdicts.caps, starts, kernels)
-        return verdicts.seal_one(shard, planes, None if found.crowded is None else crowded, raw, clean, kernels)
+        return verdicts.seal_one(shard, planes, None if found.crowded is None else crowded, raw, clean, kernels)[0]
 
     payload = cast()
     parts = torch.split(payload, list(ballots.sizes))

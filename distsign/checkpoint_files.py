@@ -1,0 +1,208 @@
+"""The files of a checkpoint's folder: their digests, and reading them without running any code they might hold."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+__all__ = [
+    "DIGESTS",
+    "CheckpointError",
+    "Planner",
+    "Reader",
+    "digest_of",
+    "entry_of",
+    "verify_or_offer",
+    "write_digests",
+]
+
+DIGESTS = "digests.json"
+"""Written last, with the digest of every other file: a folder without it is no whole checkpoint."""
+_METADATA = ".metadata"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or loaded; the message names the file and the reason."""
+
+
+def entry_of(rank: int) -> str:
+    """Return the name under which a rank keeps what it has for itself."""
+    return f"rank {rank}"
+
+
+# ------------------------------------------------------------------------------------------------- digests and damage
+
+
+def digest_of(path: Path) -> list[Any]:
+    """Return size and digest of a file."""
+    try:
+        with path.open("rb") as file:
+            return [path.stat().st_size, hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def write_digests(folder: Path, files: dict[str, list[Any]]) -> None:
+    """Write the digests of all files, and of the index: from now on the folder is a whole checkpoint."""
+    files = {**files, _METADATA: digest_of(folder / _METADATA)}
+    partial = folder / f"{DIGESTS}.partial"
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump({"files": files}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(folder / DIGESTS)
+    except OSError as error:
+        raise CheckpointError(f"{folder / DIGESTS} cannot be written: {error.strerror}") from error
+
+
+def _verify(folder: Path, part: int = 0, num_parts: int = 1) -> None:
+    """Hold files to their digests: every `num_parts`-th, from `part` on, and of all others their sizes."""
+    index = folder / DIGESTS
+    try:
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in _files_in(index).items()}
+    except FileNotFoundError:
+        reason = f"has no {DIGESTS}, which distsign.checkpoint.save writes last: it was broken off, or did not write it"
+        raise CheckpointError(f"{folder} {reason if folder.is_dir() else 'is not there'}") from None
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged: it is no list of files and digests") from error
+    for number, (name, (size, digest)) in enumerate(sorted(files.items())):
+        path = folder / name
+        if not path.exists():
+            whose = f", which rank {name[2:].split('_')[0]} wrote," if name.startswith("__") else ""
+            raise CheckpointError(f"{path}{whose} is missing")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{path} is damaged: it has {path.stat().st_size:,} bytes, {size:,} were written")
+        if number % num_parts == part and digest_of(path)[1] != digest:
+            raise CheckpointError(f"{path} is damaged: its bytes are not those that were written, by their digest")
+
+
+def _files_in(index: Path) -> dict[str, list[Any]]:
+    files: dict[str, list[Any]] = json.loads(index.read_text(encoding="utf-8"))["files"]
+    return files
+
+
+def verify_or_offer(folder: Path, part: int, num_parts: int) -> None:
+    """Do what `_verify` does; an error also names the newest whole checkpoint beside it, where there is one."""
+    try:
+        _verify(folder, part, num_parts)
+    except CheckpointError as error:
+        offer = "restore it, or load another checkpoint"
+        beside = folder.parent.glob(f"*/{DIGESTS}") if folder.parent.is_dir() else iter(())
+        for index in sorted(beside, key=lambda path: path.stat().st_mtime, reverse=True):
+            with contextlib.suppress(CheckpointError):
+                _verify(index.parent)
+                offer = f"restore it, or load {index.parent}, the newest whole checkpoint beside it"
+                break
+        raise CheckpointError(f"{error}; {offer}") from error
+
+
+# ----------------------------------------------------------------------------------- reading, without running any code
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Unpickles the index of `torch.distributed.checkpoint`, which consists of these classes and of words."""
+
+    _NAMES = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("pathlib", "PosixPath"),
+            ("pathlib", "WindowsPath"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module, name) in self._NAMES
+        if "." not in name and (known or module in {"torch", "torch.distributed.checkpoint.metadata"}):
+            found = super().find_class(module, name)
+            if known or isinstance(found, torch.dtype) or getattr(found, "__module__", None) == module != "torch":
+                return found
+        raise pickle.UnpicklingError(f"{_METADATA} wants to use {module}.{name}, which no checkpoint does")
+
+
+class Reader(FileSystemReader):
+    """Reads files as `torch.distributed.checkpoint` does, and its index with the classes alone that belong there."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read the index."""
+        with (Path(self.path) / _METADATA).open("rb") as file:
+            metadata: Metadata = _IndexUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class Planner(DefaultLoadPlanner):
+    """Reads what there is under the names that are wanted, of whatever shape it is.
+
+    Args:
+        wanted: the names.
+        votes: those of them that each rank keeps for itself.
+        rank: this rank.
+        world_size: number of ranks; where as many have written, each reads its own alone.
+    """
+
+    def __init__(self, wanted: set[str], votes: set[str], rank: int, world_size: int) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._wanted, self._votes, self._rank, self._world_size = wanted, votes, rank, world_size
+        self.names: set[str] = set()
+        self._paths: dict[str, Sequence[str | int]] = {}
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Make room for what is wanted."""
+        assert metadata is not None
+        paths: dict[str, Sequence[str | int]] = metadata.planner_data
+        self.names = {str(path[0]) for path in paths.values()}
+        num_entries = {name: sum(path[0] == name for path in paths.values()) for name in self._votes}
+        for full_name, path in paths.items():
+            is_anothers = num_entries.get(str(path[0])) == self._world_size and path[1:] != (entry_of(self._rank),)
+            if path[0] in self._wanted and not is_anothers:
+                entry = metadata.state_dict_metadata[full_name]
+                self._paths[full_name] = path
+                state_dict[full_name] = None
+                if isinstance(entry, TensorStorageMetadata):
+                    state_dict[full_name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Take a value that is no tensor."""
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+
+    def nested(self) -> dict[str, Any]:
+        """Return what was read as it was saved, in dicts and lists; dicts that were empty are not there."""
+        root: dict[str | int, Any] = {}
+        for full_name, path in self._paths.items():
+            node = root
+            for part in path[:-1]:
+                node = node.setdefault(part, {})
+            node[path[-1]] = self.state_dict[full_name]
+        return {str(key): _with_lists(value) for key, value in root.items()}
+
+
+def _with_lists(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    inside = {key: _with_lists(value) for key, value in node.items()}
+    if inside and all(isinstance(key, int) for key in inside):
+        return [inside[key] for key in sorted(inside)]
+    return inside

@@ -1,0 +1,218 @@
+"""Checkpoints of all ranks through torch.distributed.checkpoint: bit-exact, elastic, and refused where damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch import Tensor
+
+from distsign import FixedConfidence, RMSConfidence, SignAdamPP, SignVoteState, TargetDensity
+from distsign.checkpoint import CheckpointError, load, save
+
+from . import checkpoint_jobs as jobs
+from .carry_jobs import CARRY
+from .hook_jobs import Case
+from .ranks import RankPool, RanksFailed
+
+Pools = Callable[[int], RankPool]
+
+WAYS = {
+    "rms": (replace(CARRY, options={}), 0.0),
+    "rms, budget, owner carry": (replace(CARRY, options={"bits_per_param": 0.1, "margin": 2}), 0.9),
+    "rms, budget, standing": (replace(CARRY, options={"bits_per_param": 0.1, "owner_carry": "standing"}), 0.0),
+    "rms, plain owner carry": (replace(CARRY, options={"owner_carry": "plain", "margin": 2}), 0.0),
+    "adaptive, momentum": (Case(), 0.9),
+    "steered": (Case(TargetDensity(0.02), {"bits_per_param": 0.2, "margin": 2}), 0.9),
+}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("name", WAYS)
+def test_a_run_goes_on_bit_for_bit_from_any_step(rank_pool: Pools, tmp_path: Path, name: str, world_size: int) -> None:
+    case, momentum = WAYS[name]
+    stops = sorted(random.Random(name).sample(range(1, 12), 3))
+    rank_pool(world_size).run(jobs.go_on_at_each, case, str(tmp_path), stops, momentum, deadline_s=110)
+
+
+ELASTIC = replace(CARRY, options={"owner_carry": "plain", "margin": 2})
+
+
+def undecided(states: list[dict[str, Any]], name: str) -> Tensor:
+    parts = {start: value for state in states for (n, start, _), value in state["owner"].items() if n == name}
+    return torch.cat([parts[start] for start in sorted(parts)])
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 4), (4, 3)])
+def test_another_number_of_ranks_takes_over_what_the_carries_held(
+    rank_pool: Pools, tmp_path: Path, old: int, new: int
+) -> None:
+    folder = str(tmp_path / "step-5")
+    saved = rank_pool(old).run(jobs.train_and_save, ELASTIC, folder)
+    loaded = rank_pool(new).run(jobs.load_elsewhere, ELASTIC, folder)
+    assert len({end for _, end in loaded}) == 1
+    before, after = [each["vote"] for each in saved], [taken_over["vote"] for taken_over, _ in loaded]
+    for name in before[0]["voter"]:
+        carried = [sum(state["voter"][name]["carry"].double() for state in states) for states in (before, after)]
+        assert torch.allclose(*carried, atol=1e-5) and (carried[0].any() or carried[0].numel() < 20), name
+        assert torch.equal(undecided(before, name), undecided(after, name)), name
+    assert any(undecided(before, name).any() for name in before[0]["voter"])
+    for taken_over, _ in loaded:
+        assert taken_over["digest"] == saved[0]["digest"]
+        assert not jobs.paths(taken_over["optimizer"], saved[0]["optimizer"])
+
+
+def test_a_missing_shard_is_named_on_all_ranks(rank_pool: Pools, tmp_path: Path) -> None:
+    for step in (1, 2):
+        rank_pool(4).run(jobs.train_and_save, ELASTIC, str(tmp_path / f"step-{step}"))
+    folder = tmp_path / "step-2"
+    assert {path.name for path in folder.glob("__*")} == {f"__{rank}_0.distcp" for rank in range(4)}
+    (folder / "__2_0.distcp").unlink()
+    words = f"{folder}/__2_0.distcp, which rank 2 wrote, is missing; restore it, or load {tmp_path}/step-1, the newest"
+    for world_size in (4, 2):
+        with pytest.raises(RanksFailed) as caught:
+            rank_pool(world_size).run(jobs.load_only, ELASTIC, str(folder))
+        assert len(caught.value.failures) == world_size
+        assert all(words in failure.message for failure in caught.value.failures)
+
+
+def test_a_folder_that_one_rank_does_not_see_is_an_error_on_all(rank_pool: Pools, tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed) as caught:
+        rank_pool(4).run(jobs.load_where_rank_2_sees_nothing, ELASTIC, str(tmp_path / "step-1"))
+    assert len(caught.value.failures) == 4
+    assert all("elsewhere is not there" in f.message and "(seen by rank 2)" in f.message for f in caught.value.failures)
+
+
+# ---------------------------------------------------------------------------------------------- in one process, damage
+
+
+def a_run(num_inputs: int = 9, confidence: Any = None) -> dict[str, Any]:
+    torch.manual_seed(3)
+    net = torch.nn.Linear(num_inputs, 40)
+    state = SignVoteState(confidence=confidence or RMSConfidence(k=4))
+    optimizer = SignAdamPP(net.named_parameters(), lr=0.1, momentum=0.9, vote_state=state)
+    torch.nn.functional.mse_loss(net(torch.ones(2, num_inputs)), torch.zeros(2, 40)).backward()
+    optimizer.step()
+    return {"model": net, "optimizer": optimizer, "vote": state, "step": 1, "words": ["a", ("b", None)], "none": []}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(a_run(), tmp_path / "step-1")
+    return tmp_path / "step-1"
+
+
+def refusal(folder: Path, parts: dict[str, Any] | None = None) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load(a_run() if parts is None else parts, folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_was_saved_comes_back(folder: Path) -> None:
+    want, parts = a_run(), a_run()
+    with torch.no_grad():
+        parts["model"].weight.zero_()
+        for state in parts["optimizer"].state.values():
+            state["momentum_buffer"].zero_()
+    parts.update(step=0, words=None, none=None)
+    load(parts, folder)
+    assert (parts["step"], parts["words"], parts["none"]) == (1, ["a", ("b", None)], [])
+    for key in ("model", "optimizer"):
+        assert not jobs.paths(dict(want[key].state_dict()), dict(parts[key].state_dict())), key
+
+
+def test_torch_reads_the_model_by_itself(folder: Path) -> None:
+    target = {"model": torch.nn.Linear(9, 40).state_dict()}
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.load(target, checkpoint_id=folder)
+    assert torch.equal(target["model"]["weight"], a_run()["model"].weight)
+
+
+def test_any_damage_is_named(folder: Path) -> None:
+    rng = random.Random(4)
+    files = sorted(path for path in folder.iterdir())
+    assert [path.name for path in files] == [".metadata", "__0_0.distcp", "digests.json"]
+    for path in files:
+        whole = path.read_bytes()
+        for cut in {0, 1, len(whole) // 2, len(whole) - 1}:
+            path.write_bytes(whole[:cut])
+            assert f"{path} is damaged: it " in refusal(folder)
+        for bit in rng.sample(range(8 * len(whole)), 60):
+            changed = bytearray(whole)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            # A digest or a name that was changed accuses the file that it belongs to.
+            accused = "is damaged" if path.name != "digests.json" else f"{folder}/"
+            assert accused in refusal(folder)
+        path.unlink()
+        said = refusal(folder)
+        assert (f"{folder} has no digests.json" if path.name == "digests.json" else f"{path}") in said
+        path.write_bytes(whole)
+    load(a_run(), folder)
+
+
+def test_what_is_said_of_the_wrong_folder(folder: Path, tmp_path: Path) -> None:
+    assert f"{tmp_path}/no is not there; restore it, or load {folder}, the newest whole" in refusal(tmp_path / "no")
+    (tmp_path / "empty").mkdir()
+    assert "has no digests.json, which distsign.checkpoint.save writes last: it was broken off" in refusal(
+        tmp_path / "empty"
+    )
+    assert f"{folder} has no 'sampler': it has model, none, optimizer, step, vote, words" in refusal(
+        folder, {**a_run(), "sampler": 1}
+    )
+    assert f"{folder}: 'model' was not a SignVoteState" in refusal(folder, {"model": a_run()["vote"]})
+    with pytest.raises(ValueError, match=f"{folder} holds a checkpoint already: give each checkpoint a folder"):
+        save(a_run(), folder)
+
+
+def test_a_folder_whose_writing_was_broken_off_is_written_again(folder: Path) -> None:
+    (folder / "digests.json").unlink()
+    save(a_run(), folder)
+    load(a_run(), folder)
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder: Path) -> None:
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        load(a_run(num_inputs=8), folder)
+    only = a_run(confidence=FixedConfidence(1e-3))
+    with pytest.raises(ValueError, match="the checkpoint was written with RMSConfidence"):
+        load({"vote": only["vote"]}, folder)
+
+
+class Evil:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = str(trace)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.trace,)
+
+
+def test_code_is_not_run(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    save({"good": 1, "bad": Evil(trace)}, tmp_path / "value")
+    good = {"good": 0}
+    load(good, tmp_path / "value")
+    assert good == {"good": 1}
+    assert "cannot be loaded: on rank 0 UnpicklingError" in refusal(tmp_path / "value", {"bad": 0})
+    index = tmp_path / "value" / ".metadata"
+    for forged in (pickle.dumps(Evil(trace)), pickle.dumps(print), pickle.dumps(hashlib.sha256)):
+        index.write_bytes(forged)
+        digests = json.loads((tmp_path / "value" / "digests.json").read_text())
+        digests["files"][".metadata"] = [len(forged), xxhash.xxh3_128_hexdigest(forged)]
+        (tmp_path / "value" / "digests.json").write_text(json.dumps(digests))
+        assert "wants to use " in refusal(tmp_path / "value", good)
+    assert not trace.exists()
