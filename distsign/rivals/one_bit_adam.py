@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,10 @@ class OneBitAdam(HookRival):
     Step on it with `sgd` without momentum: the moments are here. As published there is no bias correction. Sent in the
     warm-up: a float32 all-reduce. Then one bit a component and one float32 a shard of a tensor, to its owner and back.
 
+    Departure: signs give each component of a shard the same size, also those whose v is next to nothing, and m / sqrt(v)
+    then has no bound (a LeNet with dead units ends at chance). So `p.grad` is limited to what Adam itself can come to,
+    `(1 - b1) / sqrt(1 - b2)` (Kingma and Ba, arXiv 1412.6980, Sec. 2.1), and is 0 where v is 0.
+
     Args:
         warmup_steps: in full precision; the paper takes a sixth to a quarter of the training.
         b1: of the momentum.
@@ -48,9 +53,11 @@ class OneBitAdam(HookRival):
             self._warm_up(pieces, link)
         else:
             self._exchange(pieces, link)
+        limit = (1 - self.b1) / math.sqrt(1 - self.b2) if self.b2 < 1 else math.inf
         for piece in pieces:
             momentum, variance = (self.kept(piece.name, what, piece.gradient) for what in ("momentum", "variance"))
             torch.div(momentum, variance.sqrt() + self.eps, out=piece.gradient)
+            piece.gradient.clamp_(-limit, limit).mul_(variance > 0)
 
     def _warm_up(self, pieces: Sequence[Piece], link: Link) -> None:
         flat = torch.cat([piece.gradient.reshape(-1) for piece in pieces])

@@ -152,7 +152,9 @@ def one_bit_adam(step: int, name: str, grads: list[Tensor], memory: Memory) -> T
         found = _shard_signs(wanted, len(grads))
         memory[0, "E"] = (wanted - found).view(mean.shape)
         memory[0, "m"] = found.view(mean.shape)
-    return torch.as_tensor(memory[0, "m"]) / (torch.as_tensor(memory[0, "v"]) ** 0.5 + 1e-8)
+    found = torch.as_tensor(memory[0, "m"]) / (torch.as_tensor(memory[0, "v"]) ** 0.5 + 1e-8)
+    assert found.abs().max() > 3.17 or step < 3, "else nothing is limited"
+    return found.clamp(-0.1 / 0.001**0.5, 0.1 / 0.001**0.5)
 
 
 def _shard_signs(u: Tensor, world_size: int) -> Tensor:
