@@ -102,6 +102,12 @@ class TrainOptions:
         optimizer = OPTIMIZERS[self.optimizer]
         if self.momentum is not None and optimizer.momentum is None:
             raise UsageError(f"--momentum is no option of --optimizer {self.optimizer}: leave it out")
+        if self.weight_decay and not optimizer.decays:
+            raise UsageError(f"--weight-decay is no option of --optimizer {self.optimizer}: leave it out")
+        try:
+            optimizer.require_package()
+        except ValueError as error:
+            raise UsageError(f"--optimizer {self.optimizer} {error}") from error
         if self.confidence is not None:
             try:
                 make_confidence(self.confidence)
@@ -217,7 +223,7 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--optimizer", choices=OPTIMIZERS, default="sign-adam-pp")
     how.add_argument("--lr", type=float, default=1e-3)
     how.add_argument("--momentum", type=float, help="by default the optimizer's own")
-    how.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, but L2 for adam and sgd, as in torch")
+    how.add_argument("--weight-decay", type=float, default=0.0, help=f"decoupled, but L2 for {_with_l2()}")
     how.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
 
     link = parser.add_argument_group("what goes over the link")
@@ -295,6 +301,10 @@ def as_typed(error: ValueError) -> str:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _with_l2() -> str:
+    return ", ".join(name for name, entry in OPTIMIZERS.items() if entry.l2)
 
 
 def _confidence_help() -> str:
