@@ -27,6 +27,7 @@ from launch.schemes import (
 from launch.tasks import TASKS
 
 RESUME_IF_THERE = "if-there"
+_SCHEDULE_HELP = "of the learning rate; steps: a tenth of it after 1/2, a hundredth after 5/6 of the run"
 WIRES = ("auto", "planes", "sparse")
 _VOTE_DEFAULTS = (
     ("margin", 1),
@@ -183,8 +184,11 @@ class TrainOptions:
             raise UsageError(as_typed(error)) from error
 
     def _check_without_vote(self) -> None:
+        sees_raw_gradients = OPTIMIZERS[self.optimizer].own and self.confidence is not None
+        if sees_raw_gradients and self.l2 and self.weight_decay:
+            raise UsageError("--l2 and --weight-decay are two ways to decay the same weights: give one of them")
         for name, default in _VOTE_DEFAULTS:
-            if getattr(self, name) != default:
+            if getattr(self, name) != default and not (name == "l2" and sees_raw_gradients):
                 hint = " (without a vote, L2 is the optimizer's --weight-decay)" if name == "l2" else ""
                 raise UsageError(f"{_flag(name)} is an option of --hook sign-vote, got --hook {self.hook}{hint}")
         if self.confidence is not None and not OPTIMIZERS[self.optimizer].own:
@@ -224,13 +228,13 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--lr", type=float, default=1e-3)
     how.add_argument("--momentum", type=float, help="by default the optimizer's own")
     how.add_argument("--weight-decay", type=float, default=0.0, help=f"decoupled, but L2 for {_with_l2()}")
-    how.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
+    how.add_argument("--schedule", choices=("cosine", "constant", "steps"), default="cosine", help=_SCHEDULE_HELP)
 
     link = parser.add_argument_group("what goes over the link")
     link.add_argument("--hook", choices=HOOKS, default="none", help="how gradients are combined")
     link.add_argument("--confidence", metavar="NAME[:KEY=VALUE,...]", help=f"who may vote: {_confidence_help()}")
     link.add_argument("--margin", type=int, default=1, help="least lead of a verdict, in votes")
-    link.add_argument("--l2", type=float, default=0.0, help="added to each rank's gradient before the vote")
+    link.add_argument("--l2", type=float, default=0.0, help="added to each gradient before the confidence")
     link.add_argument("--wire", choices=WIRES, default="auto", help="codec of the ballots")
     link.add_argument("--exchange", choices=EXCHANGES, default="two_phase", help="how ballots and verdicts travel")
     link.add_argument("--carry", choices=CARRIES, default="auto", help="what a rank keeps of ballots it did not cast")

@@ -357,6 +357,8 @@ def make_optimizer(model: nn.Module, options: "TrainOptions", combiner: Combiner
         arguments["vote_state"] = vote_state
         if vote_state is None and options.confidence is not None:
             arguments["confidence"] = make_confidence(options.confidence)
+        if vote_state is None and options.l2:
+            arguments |= {"weight_decay": options.l2, "decoupled": False}
     elif vote_state is not None:
         vote_state.track(model.named_parameters())
     return entry.make(model.named_parameters(), **arguments)

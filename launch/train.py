@@ -217,6 +217,8 @@ class Trainer:
         factor = 1.0
         if self.options.schedule == "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * step / self.num_steps))
+        elif self.options.schedule == "steps":  # epochs 150 and 250 of 300 in many papers
+            factor = 0.1 ** ((2 * step >= self.num_steps) + (6 * step >= 5 * self.num_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * factor
 
