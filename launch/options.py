@@ -27,6 +27,10 @@ from launch.schemes import (
 from launch.tasks import TASKS
 
 RESUME_IF_THERE = "if-there"
+_DATA_HELP = (
+    "folder with the task's files: Fashion-MNIST's four (or MNIST's, or 'digits'), or CIFAR's binary version (or "
+    "'synthetic'); by default found by itself"
+)
 _SCHEDULE_HELP = "of the learning rate; steps: a tenth of it after 1/2, a hundredth after 5/6 of the run"
 WIRES = ("auto", "planes", "sparse")
 _VOTE_DEFAULTS = (
@@ -118,8 +122,8 @@ class TrainOptions:
             self._check_vote()
         else:
             self._check_without_vote()
-        if self.data is not None and not TASKS[self.task].uses_images:
-            raise UsageError(f"--data names Fashion-MNIST's folder, task {self.task} does not use it: leave it out")
+        if self.data is not None and TASKS[self.task].dataset is None:
+            raise UsageError(f"--data names a folder of images, task {self.task} does not use it: leave it out")
         if self.checkpoint is None:
             for name in ("resume", "checkpoint_every", "stop_after"):
                 if getattr(self, name) is not None:
@@ -216,7 +220,7 @@ def make_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is trained")
     what.add_argument("--task", choices=TASKS, default="fashion-mnist-lenet")
     what.add_argument("--width", type=int, default=1, help="multiplies the model's channels and hidden units")
-    what.add_argument("--data", help="folder with Fashion-MNIST's four files, or 'digits'; by default found by itself")
+    what.add_argument("--data", help=_DATA_HELP)
     what.add_argument("--batch-size", type=int, default=32, help="samples per rank and step")
     what.add_argument("--steps", type=int, help="how long; by default --epochs 4")
     what.add_argument("--epochs", type=float, help="how long, in passes over the training data")

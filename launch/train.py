@@ -38,7 +38,6 @@ from distsign import ReplicaCheck, ReplicaError, reshard
 from distsign.kernels import kernels_for
 from launch import check, checkpoint
 from launch.data import DataError
-from launch.fetch import fetch_fashion_mnist
 from launch.metrics import MetricsFile, describe_machine
 from launch.options import RESUME_IF_THERE, TrainOptions, UsageError, as_typed, exit_with, parse_options
 from launch.runtime import Ranks, agree, choose_device, start
@@ -338,10 +337,9 @@ def main(argv: list[str] | None = None) -> None:
         if ranks.rank == ranks.local_rank:  # on the machine of rank 0, which alone writes files
             options.check_folders()
         device = choose_device(options.device, ranks)
-        if TASKS[options.task].uses_images and ranks.local_rank == 0:
-            fetch_fashion_mnist(
-                options.data, say=lambda text: print(f"launch.train: {text}", file=sys.stderr, flush=True)
-            )
+        dataset = TASKS[options.task].dataset
+        if dataset is not None and ranks.local_rank == 0:
+            dataset.fetch(options.data, say=lambda text: print(f"launch.train: {text}", file=sys.stderr, flush=True))
         start(ranks, device)
         trainer = Trainer(options, ranks, device)
         trainer.run()

@@ -89,7 +89,7 @@ def ranks4() -> RankPool:
         (["--confidence", "fixed:beta=1"], "fixed has no 'beta': expected alpha"),
         (["--confidence", "fixed:alpha=x"], "alpha must be a number, got 'x'"),
         (["--confidence", "target-density:density=2"], "--confidence target-density:density=2: density must be in"),
-        (["--task", "stdlib-gpt", "--data", "digits"], "--data names Fashion-MNIST's folder, task stdlib-gpt"),
+        (["--task", "stdlib-gpt", "--data", "digits"], "--data names a folder of images, task stdlib-gpt"),
         (["--resume"], "--resume needs --checkpoint"),
         (["--checkpoint-every", "5"], "--checkpoint-every needs --checkpoint"),
         (["--stop-after", "5"], "--stop-after needs --checkpoint"),

@@ -18,6 +18,10 @@ from distsign.study.store import Result
 __all__ = ["Curve", "Reached", "Row", "Summary", "summarize"]
 
 
+STANDS_IN = " in place of "
+"""A program that trains on other data than those it is asked for says so by these words in its start line's `data`."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """Means over the seeds at each test that all of them had; lists of one length.
@@ -282,6 +286,7 @@ def _notes(results: Sequence[tuple[Cell, Result]]) -> list[str]:
     notes += [
         f"{task} has results on different data: {', '.join(each)}" for task, each in sources.items() if len(each) > 1
     ]
+    notes += [f"{task}: {each}" for task, all_of in sources.items() for each in all_of if STANDS_IN in each]
     if len({result.start.get("machine") for _, result in results}) > 1:
         notes.append("results are from several machines: times are not comparable")
     jobs = max((result.jobs for _, result in results), default=1)
