@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 import pytest
 
 from distsign.cli import main
+from distsign.study import tied
 from tests.distributed.ranks import REPOSITORY
 
 PROGRAM = Path(__file__).with_name("study_program.py")
@@ -53,8 +54,9 @@ class Folder:
         return main(["study", str(self.file), *options])
 
     def start(self, *options: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "distsign", "study", str(self.file), *options]
         return subprocess.Popen(
-            [sys.executable, "-m", "distsign", "study", str(self.file), *options],
+            [sys.executable, tied.__file__, str(os.getpid()), *command],  # should this test be killed itself
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
