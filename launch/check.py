@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from launch.data import DataError, find_fashion_mnist
+from launch.data import DataError
 from launch.options import UsageError, make_parser, parse_options
 from launch.tasks import TASKS
 
@@ -45,8 +45,9 @@ def _check(arguments: Sequence[str], num_ranks: int) -> dict[str, Any]:
     try:
         options = parse_options(list(arguments))
         options.check_ranks(num_ranks)
-        if TASKS[options.task].uses_images:
-            find_fashion_mnist(options.data)
+        dataset = TASKS[options.task].dataset
+        if dataset is not None:
+            dataset.find(options.data)
     except (UsageError, DataError) as error:
         return {"error": str(error)}
     values = dataclasses.asdict(options)

@@ -86,7 +86,7 @@ def _install_debian_package() -> bool:
     return False
 
 
-def _reachable(url: str) -> bool:
+def reachable(url: str) -> bool:
     """Say whether a connection opens in time; looking up a name has no time limit of its own, hence the thread."""
     parts = urlsplit(url)
     opened = threading.Event()
@@ -106,7 +106,7 @@ def _reachable(url: str) -> bool:
 
 def _download(folder: Path) -> None:
     """Download the four files into `folder`; each appears there whole and checked, or not at all."""
-    if not _reachable(PROJECT_URL):
+    if not reachable(PROJECT_URL):
         raise data.DataError(f"{urlsplit(PROJECT_URL).hostname} cannot be reached in {CONNECT_TIMEOUT_S:g} s")
     folder.mkdir(parents=True, exist_ok=True)
     for name in data.FILES:
@@ -123,10 +123,11 @@ def _download(folder: Path) -> None:
             raise data.DataError(
                 f"{url}: expected contents with SHA-256 {data.SHA256[name]}, got {got}; the file is not used"
             )
-        _write_at_once(folder / f"{name}.gz", raw)
+        write_at_once(folder / f"{name}.gz", raw)
 
 
-def _write_at_once(path: Path, content: bytes) -> None:
+def write_at_once(path: Path, content: bytes) -> None:
+    """Write a file so that it appears whole or not at all."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         partial.write_bytes(content)

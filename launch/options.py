@@ -22,6 +22,11 @@ from launch.tasks import TASKS
 
 RESUME_IF_THERE = "if-there"
 RESUME_PREVIOUS = "previous"
+_DATA_HELP = (
+    "folder with the task's files: Fashion-MNIST's four (or MNIST's, or 'digits'), or CIFAR's binary version (or "
+    "'synthetic'); by default found by itself"
+)
+_SCHEDULE_HELP = "of the learning rate; steps: a tenth of it after 1/2, a hundredth after 5/6 of the run"
 WIRES = ("auto", "planes", "sparse")
 _VOTE_DEFAULTS = (
     ("margin", 1),
@@ -108,6 +113,12 @@ class TrainOptions:
         optimizer = OPTIMIZERS[self.optimizer]
         if self.momentum is not None and optimizer.momentum is None:
             raise UsageError(f"--momentum is no option of --optimizer {self.optimizer}: leave it out")
+        if self.weight_decay and not optimizer.decays:
+            raise UsageError(f"--weight-decay is no option of --optimizer {self.optimizer}: leave it out")
+        try:
+            optimizer.require_package()
+        except ValueError as error:
+            raise UsageError(f"--optimizer {self.optimizer} {error}") from error
         if self.confidence is not None:
             try:
                 make_confidence(self.confidence)
@@ -117,8 +128,8 @@ class TrainOptions:
             self._check_vote()
         else:
             self._check_without_vote()
-        if self.data is not None and not TASKS[self.task].uses_images:
-            raise UsageError(f"--data names Fashion-MNIST's folder, task {self.task} does not use it: leave it out")
+        if self.data is not None and TASKS[self.task].dataset is None:
+            raise UsageError(f"--data names a folder of images, task {self.task} does not use it: leave it out")
         if self.checkpoint is None:
             for name in ("resume", "checkpoint_every", "stop_after"):
                 if getattr(self, name) is not None:
@@ -195,8 +206,11 @@ class TrainOptions:
                 f"--optimizer sgd without --momentum, got {self.optimizer}"
                 + (f" --momentum {self.momentum:g}" if self.momentum else "")
             )
+        sees_raw_gradients = OPTIMIZERS[self.optimizer].own and self.confidence is not None
+        if sees_raw_gradients and self.l2 and self.weight_decay:
+            raise UsageError("--l2 and --weight-decay are two ways to decay the same weights: give one of them")
         for name, default in _VOTE_DEFAULTS:
-            if getattr(self, name) != default:
+            if getattr(self, name) != default and not (name == "l2" and sees_raw_gradients):
                 hint = " (without a vote, L2 is the optimizer's --weight-decay)" if name == "l2" else ""
                 raise UsageError(f"{_flag(name)} is an option of --hook sign-vote, got --hook {self.hook}{hint}")
         if self.confidence is not None and not OPTIMIZERS[self.optimizer].own:
@@ -224,7 +238,7 @@ def make_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is trained")
     what.add_argument("--task", choices=TASKS, default="fashion-mnist-lenet")
     what.add_argument("--width", type=int, default=1, help="multiplies the model's channels and hidden units")
-    what.add_argument("--data", help="folder with Fashion-MNIST's four files, or 'digits'; by default found by itself")
+    what.add_argument("--data", help=_DATA_HELP)
     what.add_argument("--batch-size", type=int, default=32, help="samples per rank and step")
     what.add_argument("--steps", type=int, help="how long; by default --epochs 4")
     what.add_argument("--epochs", type=float, help="how long, in passes over the training data")
@@ -235,8 +249,8 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--optimizer", choices=OPTIMIZERS, default="sign-adam-pp")
     how.add_argument("--lr", type=float, default=1e-3)
     how.add_argument("--momentum", type=float, help="by default the optimizer's own")
-    how.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, but L2 for adam and sgd, as in torch")
-    how.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
+    how.add_argument("--weight-decay", type=float, default=0.0, help=f"decoupled, but L2 for {_with_l2()}")
+    how.add_argument("--schedule", choices=("cosine", "constant", "steps"), default="cosine", help=_SCHEDULE_HELP)
 
     link = parser.add_argument_group("what goes over the link")
     link.add_argument(
@@ -244,7 +258,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     link.add_argument("--confidence", metavar="NAME[:KEY=VALUE,...]", help=f"who may vote: {_confidence_help()}")
     link.add_argument("--margin", type=int, default=1, help="least lead of a verdict, in votes")
-    link.add_argument("--l2", type=float, default=0.0, help="added to each rank's gradient before the vote")
+    link.add_argument("--l2", type=float, default=0.0, help="added to each gradient before the confidence")
     link.add_argument("--wire", choices=WIRES, default="auto", help="codec of the ballots")
     link.add_argument("--exchange", choices=EXCHANGES, default="two_phase", help="how ballots and verdicts travel")
     link.add_argument("--carry", choices=CARRIES, default="auto", help="what a rank keeps of ballots it did not cast")
@@ -325,6 +339,10 @@ def as_typed(error: ValueError) -> str:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _with_l2() -> str:
+    return ", ".join(name for name, entry in OPTIMIZERS.items() if entry.l2)
 
 
 def _confidence_help() -> str:

@@ -1,7 +1,10 @@
 """Confidence functions and optimizers by name, and the one place that turns options into them."""
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,12 +60,35 @@ class OptimizerEntry:
         momentum: which of its arguments `--momentum` is; None where it has none.
         own: whether it is one of distsign's, which take `vote_state` and `confidence`.
         l2: whether its weight decay is added to the gradient, which under a vote is a verdict.
+        decays: whether it has a weight decay at all.
+        package: that has to be installed for it, beside torch.
     """
 
     make: Callable[..., Optimizer]
     momentum: str | None = None
     own: bool = False
     l2: bool = False
+    decays: bool = True
+    package: str | None = None
+
+    def require_package(self) -> None:
+        """Refuse an optimizer whose package is missing, without importing it: that takes seconds.
+
+        Raises:
+            ValueError: names the package and how to get it.
+        """
+        if self.package is not None and importlib.util.find_spec(self.package.replace("-", "_")) is None:
+            raise ValueError(f"needs the package {self.package}, which is missing: pip install 'distsign[launch]'")
+
+
+def _of_pytorch_optimizer(name: str, **differing: Any) -> OptimizerEntry:
+    """Return the entry of a class of the package pytorch-optimizer, which is imported where one is made."""
+
+    def make(*args: Any, **kwargs: Any) -> Optimizer:
+        made: Optimizer = getattr(importlib.import_module("pytorch_optimizer"), name)(*args, **kwargs)
+        return made
+
+    return OptimizerEntry(make, package="pytorch-optimizer", **differing)
 
 
 OPTIMIZERS = {
@@ -73,6 +99,15 @@ OPTIMIZERS = {
     "adam": OptimizerEntry(torch.optim.Adam, momentum="betas", l2=True),
     "adamw": OptimizerEntry(torch.optim.AdamW, momentum="betas"),
     "sgd": OptimizerEntry(torch.optim.SGD, momentum="momentum", l2=True),
+    "amsgrad": OptimizerEntry(partial(torch.optim.Adam, amsgrad=True), momentum="betas", l2=True),
+    "nadam": OptimizerEntry(torch.optim.NAdam, momentum="betas", l2=True),
+    "adamax": OptimizerEntry(torch.optim.Adamax, momentum="betas", l2=True),
+    "adagrad": OptimizerEntry(torch.optim.Adagrad, l2=True),
+    "adadelta": OptimizerEntry(torch.optim.Adadelta, l2=True),
+    "rmsprop": OptimizerEntry(torch.optim.RMSprop, momentum="momentum", l2=True),
+    "rprop": OptimizerEntry(torch.optim.Rprop, decays=False),
+    "adabound": _of_pytorch_optimizer("AdaBound", momentum="betas"),
+    "msvag": _of_pytorch_optimizer("MSVAG", momentum="beta", decays=False),
 }
 """Optimizers by the name that `--optimizer` knows."""
 
@@ -89,7 +124,9 @@ def make_optimizer(model: nn.Module, options: "TrainOptions", vote_state: SignVo
         ValueError: the optimizer refuses a value.
     """
     entry = OPTIMIZERS[options.optimizer]
-    arguments: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
+    arguments: dict[str, Any] = {"lr": options.lr}
+    if entry.decays:
+        arguments["weight_decay"] = options.weight_decay
     if options.momentum is not None:
         assert entry.momentum is not None
         arguments[entry.momentum] = options.momentum if entry.momentum != "betas" else (options.momentum, 0.999)
@@ -97,6 +134,8 @@ def make_optimizer(model: nn.Module, options: "TrainOptions", vote_state: SignVo
         arguments["vote_state"] = vote_state
         if vote_state is None and options.confidence is not None:
             arguments["confidence"] = make_confidence(options.confidence)
+        if vote_state is None and options.l2:
+            arguments |= {"weight_decay": options.l2, "decoupled": False}
     elif vote_state is not None:
         vote_state.track(model.named_parameters())
     return entry.make(model.named_parameters(), **arguments)

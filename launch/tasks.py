@@ -10,14 +10,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from launch.cifar import CIFAR10, CIFAR100, Cifar
 from launch.corpus import load_stdlib
-from launch.data import find_fashion_mnist, load_images
+from launch.data import Images, find_fashion_mnist, load_images
+from launch.fetch import fetch_fashion_mnist
 from launch.models import ByteGPT, LeNet, RowLSTM
+from launch.vision_models import VGG, GoogLeNet, ResNet18
 
 Batch = tuple[Tensor, Tensor]
 
@@ -54,7 +59,7 @@ class Task(ABC):
     Attributes:
         metric: what the test measures, as it is called in the results.
         higher_is_better: which way.
-        source: where the data came from, for people to read.
+        source: where the data came from, for people to read; "A in place of B" where it stands in for the real ones.
     """
 
     metric: str
@@ -95,10 +100,10 @@ class ImageTask(Task):
 
     def __init__(self, network: Callable[[], nn.Module], data: str | None = None) -> None:
         self._network = network
-        self._images = load_images(find_fashion_mnist(data))
+        self._images = self._load(data)
         self.source = self._images.source
         scaled = self._images.train_images.float() / 255
-        self._mean, self._std = scaled.mean().item(), scaled.std().item()
+        self._mean, self._std = self._mean_and_std(scaled)
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
     def build_model(self) -> nn.Module:
@@ -114,7 +119,8 @@ class ImageTask(Task):
         epoch, within = divmod(step, self.steps_per_epoch(shard))
         start = within * shard.global_batch_size
         chosen = shard.cut(self._epoch_order(epoch, shard.seed)[start : start + shard.global_batch_size])
-        return self._scaled(self._images.train_images[chosen]), self._images.train_labels[chosen]
+        images = self._varied(self._images.train_images[chosen], step, shard)
+        return self._scaled(images), self._images.train_labels[chosen]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy."""
@@ -130,6 +136,17 @@ class ImageTask(Task):
             correct += (guesses == some_labels.to(device)).sum()
         return torch.stack([correct, torch.tensor(float(len(labels)), dtype=torch.float64, device=device)])
 
+    def _load(self, data: str | None) -> Images:
+        return load_images(find_fashion_mnist(data))
+
+    def _mean_and_std(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        return scaled.mean(), scaled.std()
+
+    def _varied(self, images: Tensor, step: int, shard: Shard) -> Tensor:
+        """Return what is trained on in place of this rank's images at a step."""
+        del step, shard
+        return images
+
     def _scaled(self, images: Tensor) -> Tensor:
         return (images.float() / 255 - self._mean) / self._std
 
@@ -138,6 +155,40 @@ class ImageTask(Task):
             order = torch.randperm(len(self._images.train_labels), generator=_generator(seed, epoch))
             self._order = (epoch, seed), order
         return self._order[1]
+
+
+class CifarTask(ImageTask):
+    """Classify CIFAR's images, trained on random crops (padding 4) and horizontal flips, tested as they are.
+
+    Args:
+        dataset: which of the two.
+        network: makes the model from a number of classes.
+        data: a folder, `synthetic`, or None to find them; see `launch.cifar`.
+    """
+
+    def __init__(self, dataset: Cifar, network: Callable[[int], nn.Module], data: str | None = None) -> None:
+        self._dataset = dataset
+        super().__init__(lambda: network(dataset.num_classes), data)
+
+    def _load(self, data: str | None) -> Images:
+        return self._dataset.load(self._dataset.find(data))
+
+    def _mean_and_std(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        return scaled.mean(dim=(0, 2, 3)).view(3, 1, 1), scaled.std(dim=(0, 2, 3)).view(3, 1, 1)
+
+    def _varied(self, images: Tensor, step: int, shard: Shard) -> Tensor:
+        """Crop and flip; by how much is drawn for the global batch, so that it does not matter how that is cut."""
+        generator = _generator(~shard.seed, step)  # not the stream that orders the epochs
+        drawn = torch.stack(
+            [torch.randint(most, (shard.global_batch_size,), generator=generator) for most in (9, 9, 2)], dim=1
+        )
+        down, right, flipped = shard.cut(drawn).unbind(dim=1)
+        along = torch.arange(32)
+        columns = torch.where(flipped[:, None] == 1, 31 - along, along) + right[:, None]
+        rows = along + down[:, None]
+        which, colours = torch.arange(len(images))[:, None, None, None], torch.arange(3)[:, None, None]
+        padded = F.pad(images, (4, 4, 4, 4))
+        return padded[which, colours, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 class BytesTask(Task):
@@ -202,17 +253,51 @@ def _generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((mixed ^ (mixed >> 31)) >> 1)
 
 
+class _Find(Protocol):
+    def __call__(self, named: str | None = None) -> Path | None: ...
+
+
+class _Fetch(Protocol):
+    def __call__(self, named: str | None = None, say: Callable[[str], None] = ...) -> Path | None: ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Files that a task needs: how they are found without a network, and how they are got where they are missing.
+
+    Both take what `--data` names and return the folder, None where other data have to stand in.
+    """
+
+    find: _Find
+    fetch: _Fetch
+
+
+FASHION_MNIST = Dataset(find_fashion_mnist, fetch_fashion_mnist)
+
+
 @dataclass(frozen=True)
 class TaskEntry:
-    """A task by name: how to make it, and whether it takes the images of `launch.data`."""
+    """A task by name: how to make it from `--data` and `--width`, and which files it takes, None for none."""
 
     make: Callable[[str | None, int], Task]
-    uses_images: bool
+    dataset: Dataset | None = None
+
+
+def _cifar(dataset: Cifar, network: Callable[[int, int], nn.Module]) -> TaskEntry:
+    return TaskEntry(
+        lambda data, width: CifarTask(dataset, lambda num_classes: network(num_classes, width), data),
+        Dataset(dataset.find, dataset.fetch),
+    )
 
 
 TASKS = {
-    "fashion-mnist-lenet": TaskEntry(lambda data, width: ImageTask(lambda: LeNet(width), data), uses_images=True),
-    "fashion-mnist-lstm": TaskEntry(lambda data, width: ImageTask(lambda: RowLSTM(width), data), uses_images=True),
-    "stdlib-gpt": TaskEntry(lambda data, width: BytesTask(lambda context: ByteGPT(context, width)), uses_images=False),
+    "fashion-mnist-lenet": TaskEntry(lambda data, width: ImageTask(lambda: LeNet(width), data), FASHION_MNIST),
+    "fashion-mnist-lstm": TaskEntry(lambda data, width: ImageTask(lambda: RowLSTM(width), data), FASHION_MNIST),
+    "stdlib-gpt": TaskEntry(lambda data, width: BytesTask(lambda context: ByteGPT(context, width))),
+    "cifar10-vgg19": _cifar(CIFAR10, VGG),
+    "cifar10-googlenet": _cifar(CIFAR10, GoogLeNet),
+    "cifar10-resnet18": _cifar(CIFAR10, ResNet18),
+    "cifar10-senet18": _cifar(CIFAR10, lambda num_classes, width: ResNet18(num_classes, width, squeeze=True)),
+    "cifar100-vgg19": _cifar(CIFAR100, VGG),
 }
-"""Tasks by name; each is made from `--data` and `--width`."""
+"""Tasks by name."""

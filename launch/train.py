@@ -38,7 +38,6 @@ from distsign import ReplicaCheck, ReplicaError, reshard
 from distsign.kernels import kernels_for
 from launch import check, checkpoint
 from launch.data import DataError
-from launch.fetch import fetch_fashion_mnist
 from launch.hooks import SIGN_VOTE, Combiner, SignVote, Traffic, bucket_cap_mb, register_hook
 from launch.metrics import MetricsFile, describe_machine
 from launch.options import TrainOptions, UsageError, as_typed, exit_with, parse_options
@@ -238,6 +237,8 @@ class Trainer:
         factor = 1.0
         if self.options.schedule == "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * step / self.num_steps))
+        elif self.options.schedule == "steps":  # epochs 150 and 250 of 300 in many papers
+            factor = 0.1 ** ((2 * step >= self.num_steps) + (6 * step >= 5 * self.num_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * factor
 
@@ -372,10 +373,9 @@ def main(argv: list[str] | None = None) -> None:
         if ranks.rank == ranks.local_rank:  # on the machine of rank 0, which alone writes files
             options.check_folders()
         device = choose_device(options.device, ranks)
-        if TASKS[options.task].uses_images and ranks.local_rank == 0:
-            fetch_fashion_mnist(
-                options.data, say=lambda text: print(f"launch.train: {text}", file=sys.stderr, flush=True)
-            )
+        dataset = TASKS[options.task].dataset
+        if dataset is not None and ranks.local_rank == 0:
+            dataset.fetch(options.data, say=lambda text: print(f"launch.train: {text}", file=sys.stderr, flush=True))
         start(ranks, device, options.timeout)
         trainer = Trainer(options, ranks, device)
         trainer.run()

@@ -22,7 +22,7 @@ from launch.hooks import Traffic
 from launch.metrics import MetricsFile, read_lines
 from launch.options import WIRES, TrainOptions, UsageError, parse_options
 from launch.runtime import Ranks, choose_device
-from launch.schemes import CONFIDENCES, OPTIMIZERS, make_confidence
+from launch.schemes import CONFIDENCES, OPTIMIZERS, make_confidence, make_optimizer
 from launch.specs import example_of
 from launch.train import Trainer
 from tests.distributed.ranks import REPOSITORY, RankPool, pool
@@ -99,12 +99,13 @@ def ranks4() -> RankPool:
         ([*VOTE, "--optimizer", "adam", "--weight-decay", "0.1"], "--weight-decay of adam is L2.*use --l2"),
         (["--margin", "2"], "--margin is an option of --hook sign-vote, got --hook none"),
         (["--hook", "bf16", "--l2", "0.1"], "--l2 is an option of --hook sign-vote.*--weight-decay"),
+        (["--confidence", "adaptive", "--l2", "0.1", "--weight-decay", "0.1"], "--l2 and --weight-decay are two ways"),
         (["--confidence", "adaptive", "--optimizer", "adam"], "--confidence needs --hook sign-vote, or an optimizer"),
         (["--confidence", "maybe"], "--confidence maybe: unknown confidence function 'maybe'.*Known: fixed, adaptive"),
         (["--confidence", "fixed:beta=1"], "fixed has no 'beta': expected alpha"),
         (["--confidence", "fixed:alpha=x"], "alpha must be a number, got 'x'"),
         (["--confidence", "target-density:density=2"], "--confidence target-density:density=2: density must be in"),
-        (["--task", "stdlib-gpt", "--data", "digits"], "--data names Fashion-MNIST's folder, task stdlib-gpt"),
+        (["--task", "stdlib-gpt", "--data", "digits"], "--data names a folder of images, task stdlib-gpt"),
         (["--resume"], "--resume needs --checkpoint"),
         (["--checkpoint-every", "5"], "--checkpoint-every needs --checkpoint"),
         (["--stop-after", "5"], "--stop-after needs --checkpoint"),
@@ -478,6 +479,39 @@ def test_metrics_keep_what_a_resumed_run_does_not_write_again(tmp_path: Path) ->
     MetricsFile(str(path), first_step=0)
     assert path.read_text() == ""
     MetricsFile(None).write({})
+
+
+def test_l2_on_one_worker_is_added_before_the_confidence() -> None:
+    """Where the gradient is zero, L2 alone decides the sign; decoupled decay leaves the sign alone."""
+    found = {}
+    for flag in ("--l2", "--weight-decay"):
+        options = parse_options(["--optimizer", "sign-sgd", "--confidence", "fixed:alpha=0.01", flag, "0.5"])
+        model = torch.nn.Linear(2, 1, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([[1.0, -1.0]]))
+        optimizer = make_optimizer(model, options, None)
+        model.weight.grad = torch.zeros(1, 2)
+        optimizer.step()
+        found[flag] = model.weight.detach().flatten().tolist()
+    lr = 1e-3
+    assert found["--l2"] == pytest.approx([1 - lr, -1 + lr])
+    assert found["--weight-decay"] == pytest.approx([1 - lr / 2, -1 + lr / 2])
+
+
+def test_the_schedule_in_steps_is_a_tenth_after_half_and_a_hundredth_after_five_sixths() -> None:
+    argv = ["--optimizer", "sgd", "--schedule", "steps", "--lr", "0.5", "--steps", "12"]
+    lrs = pool(2).run(learning_rates, argv, deadline_s=60)[0]
+    assert lrs == pytest.approx([0.5] * 6 + [0.05] * 4 + [0.005] * 2)
+
+
+def learning_rates(rank: int, world_size: int, argv: list[str]) -> list[float]:
+    trainer = Trainer(parse_options([*SMALL, *argv]), Ranks(rank, world_size, rank, world_size), torch.device("cpu"))
+    found = []
+    for step in range(trainer.num_steps):
+        trainer._set_lr(step)
+        found.append(trainer.optimizer.param_groups[0]["lr"])
+    trainer.close()
+    return found
 
 
 def test_trajectory_has_all_that_decides_the_numbers() -> None:

@@ -28,9 +28,9 @@ class OneBitAdam(HookRival):
     Step on it with `sgd` without momentum: the moments are here. As published there is no bias correction. Sent in the
     warm-up: a float32 all-reduce. Then one bit a component and one float32 a shard of a tensor, to its owner and back.
 
-    Departure: signs give each component of a shard the same size, also those whose v is next to nothing, and m / sqrt(v)
-    then has no bound (a LeNet with dead units ends at chance). So `p.grad` is limited to what Adam itself can come to,
-    `(1 - b1) / sqrt(1 - b2)` (Kingma and Ba, arXiv 1412.6980, Sec. 2.1), and is 0 where v is 0.
+    Departure: signs give each component of a shard the same size, also those whose v is next to nothing, and then
+    m / sqrt(v) has no bound (a LeNet with dead units ends at chance). So `p.grad` is limited to what Adam itself
+    can come to, `(1 - b1) / sqrt(1 - b2)` (Kingma and Ba, arXiv 1412.6980, Sec. 2.1), and is 0 where v is 0.
 
     Args:
         warmup_steps: in full precision; the paper takes a sixth to a quarter of the training.

@@ -95,6 +95,8 @@ def _reached(target: str) -> Callable[[Row], str]:
         if reached.mean is None:
             return "never"
         text = f"{reached.mean:.3g}" if reached.mean < 1000 else f"{reached.mean:,.0f}"
+        if reached.best is not None:
+            text = f"{format_value(row.metric, Interval(reached.best, None))} ({text})"
         return text if reached.num_seeds == num_seeds else f"{text} ({reached.num_seeds} of {num_seeds} seeds)"
 
     return show
@@ -125,6 +127,8 @@ def csv_rows(summary: Summary) -> list[dict[str, Any]]:
         }
         for name, reached in row.reached.items():
             record |= {name: reached.mean, f"{name}, seeds": reached.num_seeds, f"{name}, published": reached.published}
+            if reached.best is not None:
+                record[f"{name}, value"] = reached.best
         records.append(finite(record))
     return records
 

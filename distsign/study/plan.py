@@ -84,10 +84,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Reach:
-    """How long a scheme takes to reach a value of the task's metric, beside what others have published.
+    """How long a scheme takes to reach a value of the task's metric, or its best, beside what others have published.
 
     Attributes:
-        target: the value, in the metric's unit (accuracies as a share, 0.9).
+        target: the value, in the metric's unit (accuracies as a share, 0.9); None for the best of the run.
         count: `epochs`, `steps` or `bytes` (sent and received).
         task: name of the task; None for all.
         name: the column's.
@@ -95,7 +95,7 @@ class Reach:
         published: by name of the scheme; a number, or a word such as `never`.
     """
 
-    target: float
+    target: float | None
     count: str
     task: str | None
     name: str

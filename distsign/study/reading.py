@@ -29,6 +29,7 @@ OF_THE_STUDY = {
 
 _TOP = ("name", "about", "program", "ranks", "seeds", "defaults", "tasks", "settings", "schemes", "report")
 _REPORT = ("bandwidths", "reach")
+BEST = "best"
 _REACH = ("target", "count", "task", "name", "source", "published")
 COUNTS = ("epochs", "steps", "bytes")
 
@@ -189,8 +190,8 @@ def _reach(entry: Mapping[str, Any], tasks: Sequence[Layer], schemes: Sequence[L
     where = "[[report.reach]]: "
     _known("key", entry, _REACH, where)
     target = entry.get("target")
-    if not isinstance(target, int | float) or isinstance(target, bool):
-        raise ValueError(f"{where}target must be a number, a value of the task's metric, got {target!r}")
+    if target != BEST and (not isinstance(target, int | float) or isinstance(target, bool)):
+        raise ValueError(f'{where}target must be a number, a value of the task\'s metric, or "{BEST}", got {target!r}')
     count = _string(entry, "count", "epochs", where)
     _known("count", {count: None}, COUNTS, where)
     task = _string(entry, "task", "", where) or None
@@ -201,5 +202,6 @@ def _reach(entry: Mapping[str, Any], tasks: Sequence[Layer], schemes: Sequence[L
     for name, value in published.items():
         if not isinstance(value, str | int | float):
             raise ValueError(f"{where}published: {name} must be a number or a text, got {value!r}")
-    name = _string(entry, "name", f"{count} to {target:g}", where)
-    return Reach(float(target), count, task, name, _string(entry, "source", "", where), published)
+    value = None if target == BEST else float(target)
+    name = _string(entry, "name", f"{BEST} ({count})" if value is None else f"{count} to {value:g}", where)
+    return Reach(value, count, task, name, _string(entry, "source", "", where), published)

@@ -18,6 +18,10 @@ from distsign.study.store import Result
 __all__ = ["Curve", "Reached", "Row", "Summary", "summarize"]
 
 
+STANDS_IN = " in place of "
+"""A program that trains on other data than those it is asked for says so by these words in its start line's `data`."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """Means over the seeds at each test that all of them had; lists of one length.
@@ -39,17 +43,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class Reached:
-    """When a target was reached.
+    """When a target was reached, or the best value of the run.
 
     Attributes:
         mean: of those seeds that reached it, in the target's count; None where none did.
         num_seeds: that reached it.
         published: by others, for this scheme; None where nothing is known.
+        best: mean of the best values, where these are what is asked for, else None.
     """
 
     mean: float | None
     num_seeds: int
     published: str | float | None
+    best: float | None = None
 
 
 @dataclass(frozen=True)
@@ -230,15 +236,21 @@ def _mean(lines: Iterable[Mapping[str, Any]], name: str) -> float | None:
 
 
 def _reached(reach: Reach, results: Sequence[Result], higher_is_better: bool, scheme: str) -> Reached:
-    counts = []
+    counts, best = [], []
     for result in results:
         metric = result.start["metric"]
-        for line in (*result.tests, result.end):
-            if (line[metric] >= reach.target) if higher_is_better else (line[metric] <= reach.target):
+        lines = [line for line in (*result.tests, result.end) if math.isfinite(line[metric])]
+        target = reach.target
+        if target is None and lines:
+            target = (max if higher_is_better else min)(line[metric] for line in lines)
+            best.append(target)
+        for line in lines:
+            if (line[metric] >= target) if higher_is_better else (line[metric] <= target):
                 values = {"epochs": line["epoch"], "steps": line["step"]}
                 counts.append(float(values.get(reach.count, line["sent_bytes"] + line["received_bytes"])))
                 break
-    return Reached(fmean(counts) if counts else None, len(counts), reach.published.get(scheme))
+    published = reach.published.get(scheme)
+    return Reached(fmean(counts) if counts else None, len(counts), published, fmean(best) if best else None)
 
 
 def _curve(tests: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> Curve:
@@ -282,6 +294,7 @@ def _notes(results: Sequence[tuple[Cell, Result]]) -> list[str]:
     notes += [
         f"{task} has results on different data: {', '.join(each)}" for task, each in sources.items() if len(each) > 1
     ]
+    notes += [f"{task}: {each}" for task, all_of in sources.items() for each in all_of if STANDS_IN in each]
     if len({result.start.get("machine") for _, result in results}) > 1:
         notes.append("results are from several machines: times are not comparable")
     jobs = max((result.jobs for _, result in results), default=1)
