@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"kernels"},
     {"ballots", "layout"},
     {"payload", "voter", "steering"},
-    {"owner", "plan", "resharding"},
+    {"owner", "plan", "resharding", "admission"},
     {"traffic"},
     {"statistics"},
     {"exchange", "optim"},
