@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distsign.admission import Admission
 from distsign.collectives import Link
 from distsign.kernels import Kernels
 from distsign.layout import IntArray
 from distsign.owner import Owner
-from distsign.payload import Form
+from distsign.payload import Form, caps_at
 from distsign.traffic import ExchangeBytes
 from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Header, PayloadError
 
@@ -59,6 +60,9 @@ class VoteExchange:
         ranks_per_node: consecutive ranks that make a node; 1 for a vote of all.
         checksum: whether payloads end with one. A payload that is damaged then poisons the step, and `agree_on_damage`
             tells all ranks.
+
+    Attributes:
+        admission: whose ballots this rank counts.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class VoteExchange:
             self._node = self._all.part(nodes)
             columns = [ranks[k::ranks_per_node] for k in range(ranks_per_node)]
             self._voters = self._all.part(columns) if len(nodes) > 1 else Link(None)
+        self.admission = Admission(self._voters.world_size)
         # On CUDA a header that does not fit is found without waiting for the device; it poisons the step at once and is
         # reported by `raise_if_mismatched`.
         self._mismatch: Tensor | None = None
@@ -191,7 +196,7 @@ class VoteExchange:
         own = ballots.sizes[self.rank]
         found = self._voters.all_to_all(buffer, list(ballots.sizes), [own] * self.num_voters, "ballots to their owners")
         received = found.view(self.num_voters, own)
-        poisoned = self._check(ballots, {self.rank: received}, self.local_rank)
+        poisoned = self.admission.poison(self._check(ballots, {self.rank: received}, self.local_rank))
         payload = self._count(ballots, verdicts, self.rank, received, poisoned, owner, starts, kernels)
         own = verdicts.sizes[self.rank]
         copies = payload.repeat(self.num_voters)
@@ -204,7 +209,7 @@ class VoteExchange:
             PayloadError: if a payload is not what this rank expects.
         """
         parts = enumerate(torch.split(payloads, list(verdicts.sizes)))
-        poisoned = self._check(verdicts, {owner: part.unsqueeze(0) for owner, part in parts}, column)
+        poisoned = self._check(verdicts, {owner: part.unsqueeze(0) for owner, part in parts}, column).any()
         planes, crowded, mean, ok = verdicts.open_all(payloads, kernels)
         return Verdicts(planes, crowded, mean, self._require(ok, poisoned, "verdicts"))
 
@@ -213,7 +218,8 @@ class VoteExchange:
     ) -> Tensor:
         received = self._voters.all_gather(buffer, "ballots to all ranks")
         parts = [part.contiguous() for part in torch.split(received, list(ballots.sizes), dim=1)]
-        poisoned = self._check(ballots, dict(enumerate(parts)), self.local_rank)
+        sent = self._check(ballots, dict(enumerate(parts)), self.local_rank).view(len(parts), self.num_voters).any(0)
+        poisoned = self.admission.poison(sent)
         payloads = []
         for k, mine in enumerate(parts):
             payloads.append(self._count(ballots, verdicts, k, mine, poisoned, owner, starts, kernels))
@@ -232,8 +238,11 @@ class VoteExchange:
         kernels: Kernels,
     ) -> Tensor:
         """Turn all workers' payloads on one shard into the payload of its verdicts."""
-        found = ballots.open(shard, received)
-        mean = _mean(found.raw)
+        most = 0
+        if self.admission.max_density is not None:
+            most = int(caps_at(self.admission.max_density, ballots.layout.owned(shard)[0].length).sum())
+        found = self.admission.admit(ballots.open(shard, received), most, kernels)
+        mean = self.admission.mean(found.raw)
         # Finite numbers may well have an infinite sum.
         poisoned = poisoned | ~mean.isfinite().all()
         planes, too_many, ok = owner.count(found, ballots.layout, shard, verdicts.caps, starts, kernels)
@@ -268,7 +277,7 @@ class VoteExchange:
         return poisoned | bad
 
     def _check(self, form: Form, payloads: dict[int, Tensor], column: int) -> Tensor:
-        """Hold each header against the expected one; return whether any payload carries poison or came damaged.
+        """Hold each header against the expected one; return which payloads carry poison or came damaged, bool.
 
         Args:
             form: of the payloads.
@@ -280,7 +289,7 @@ class VoteExchange:
         expected = [form.headers[owner] for owner, part in payloads.items() for _ in part]
         senders = [owner if form.verdict else k for owner, part in payloads.items() for k in range(part.shape[0])]
         damaged = torch.cat([form.damaged(part) for part in payloads.values()])
-        poisoned = ((rows[:, POISON_BYTE] & POISON_FLAG) != 0).any() | damaged.any()
+        poisoned = ((rows[:, POISON_BYTE] & POISON_FLAG) != 0) | damaged
         if self._checksum:
             writers = torch.tensor([k * self._ranks_per_node + column for k in senders], device=rows.device)
             self._damage = torch.maximum(self._damage.to(rows.device), (damaged * (1 + writers)).max())
@@ -325,6 +334,19 @@ class VoteExchange:
                 "look at the link between these ranks and at their memory"
             )
         return bad
+
+    def agree_on_poison(self) -> None:
+        """Let all ranks learn who sent poison to anybody in this step, and so who is to be left out, at its end.
+
+        Owners know of what came to them alone, and tell; where every rank gets all ballots, none needs to believe it.
+        """
+        if self.admission.max_poison_streak is None:
+            return
+        seen = self.admission.seen
+        if self.kind != "all_gather":
+            by_owner = self._voters.all_gather(seen.to(torch.uint8))
+            seen = self._node.all_gather(by_owner.amax(0)).amax(0) != 0
+        self.admission.commit(seen)
 
     def raise_if_mismatched(self) -> None:
         """Raise what a header check on CUDA has found since. Waits for the device.

@@ -67,6 +67,17 @@ class SignVoteState:
             its way is then an error on all ranks in that same step, which names who wrote and who got it, and no rank
             takes the step. Else a damaged payload may still be one, of other votes. Costs those 4 bytes and, at the end
             of a step, one small all-gather. The gradients that a node averages among itself are not covered.
+        max_density: largest share of the components of an owner's shard on which a worker may vote. An owner counts
+            the votes itself and treats a denser payload as abstentions, so that liars cannot outvote honest workers by
+            voting where these abstain. Honest workers keep to it by themselves, parameter by parameter: what has no
+            room waits in the carry, or is lost where there is none, as in the first steps of a warm-up. Choose two to
+            three times the density that `traffic()` reports in an honest run. None: no cap.
+        max_poison_streak: leave a worker out that has sent poison (NaN, infinity) in so many steps in a row, until it
+            has sent none for as many: its ballots are abstentions and its poison is ignored. It is named by a warning
+            of `logging` and in `traffic()`. Take 20 or more with a `GradScaler`, which may need 17 steps to find its
+            scale. Steps that half of the workers or more poison do not count. Costs one small all-gather a step, but
+            for `exchange="all_gather"`. None: a NaN on one rank is taken seriously for ever, as without liars it
+            should be.
 
     Attributes:
         loss_scale: None, a number, or a `torch.amp.GradScaler`: the factor that the loss, and so the gradient, carries.
@@ -98,6 +109,8 @@ class SignVoteState:
         exclude: Iterable[str] | None = None,
         ranks_per_node: int | None = None,
         checksum: bool = False,
+        max_density: float | None = None,
+        max_poison_streak: int | None = None,
     ) -> None:
         self._options = VoteOptions.check(
             confidence=confidence,
@@ -112,6 +125,8 @@ class SignVoteState:
             ranks_per_node=ranks_per_node,
             is_subgroup=process_group is not None,
             checksum=checksum,
+            max_density=max_density,
+            max_poison_streak=max_poison_streak,
         )
         if dist.is_available() and dist.is_initialized():
             require_margin(margin, world_size_of(process_group) // self._options.ranks_per_node)
@@ -158,7 +173,9 @@ class SignVoteState:
         self._pipeline.raise_if_broken()
         if self._pipeline.exchange is not None:
             self._pipeline.exchange.raise_if_mismatched()
-        return self._counts.traffic(self._counted(), world_size_of(self.process_group))
+        admission = self._pipeline.admission
+        left_out = () if admission is None else admission.numbers()
+        return self._counts.traffic(self._counted(), world_size_of(self.process_group), left_out)
 
     def _counted(self) -> ExchangeBytes:
         exchange = self._pipeline.exchange

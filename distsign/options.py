@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distsign.confidence import Confidence
+from distsign.confidence import Confidence, TargetDensity
 from distsign.exchange import EXCHANGES
 from distsign.owner import OWNER_CARRIES
 from distsign.vote import require_margin
@@ -40,6 +40,8 @@ class VoteOptions:
     exclude: tuple[str, ...]
     ranks_per_node: int
     checksum: bool = False
+    max_density: float | None = None
+    max_poison_streak: int | None = None
 
     @property
     def capped(self) -> bool:
@@ -67,6 +69,8 @@ class VoteOptions:
         ranks_per_node: object,
         is_subgroup: bool,
         checksum: object = False,
+        max_density: object = None,
+        max_poison_streak: object = None,
     ) -> VoteOptions:
         """Return the options with their defaults filled in.
 
@@ -110,6 +114,8 @@ class VoteOptions:
             _names(exclude),
             _ranks_per_node(ranks_per_node, exchange, is_subgroup=is_subgroup),
             checksum,
+            _max_density(max_density, confidence),
+            _max_poison_streak(max_poison_streak),
         )
 
 
@@ -147,6 +153,25 @@ def _owner_carry(owner_carry: object, bits_per_param: object) -> str | None:
         known = ", ".join(repr(kind) for kind in OWNER_CARRIES if kind is not None)
         raise ValueError(f"owner_carry must be True, False, or one of {known}, got {owner_carry!r}")
     return owner_carry
+
+
+def _max_density(value: object, confidence: Confidence) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0.0 < value <= 1.0):
+        raise ValueError(f"max_density must be a share of the components in (0, 1], or None, got {value!r}")
+    if isinstance(confidence, TargetDensity) and confidence.density > value:
+        raise ValueError(
+            f"max_density={value:g} is below what {confidence!r} steers to, which it would never reach: raise it, or "
+            "lower the confidence function's density"
+        )
+    return float(value)
+
+
+def _max_poison_streak(value: object) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"max_poison_streak must be a number of steps of at least 1, or None, got {value!r}")
+    return value
 
 
 def _names(exclude: object) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ checksum, where it is wanted, comes last and covers all before it, the header to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -75,6 +75,18 @@ class Opened:
             return self.rows, self.at, self.rows.new_ones(self.rows.shape[0], dtype=torch.bool)
         planes = self.rows.new_empty(self.rows.shape[0], 2 * self.num_bytes)
         return planes, 0, torch.stack([self.write_planes(k, row, kernels) for k, row in enumerate(planes)])
+
+    def num_votes(self, kernels: Kernels) -> Tensor:
+        """Return how many votes each sender's body holds by its own bits, int64 `[num_senders]`; 0 if malformed."""
+        rows, at, ok = self.planes(kernels)
+        return torch.where(ok, _count_bits(rows[:, at : at + self.num_bytes]), 0)
+
+    def without(self, senders: Tensor) -> Opened:
+        """Return the same with abstentions in place of what some senders (bool `[num_senders]`) wrote."""
+        # Zeros are the body of no votes in either codec.
+        rows = self.rows.masked_fill(senders.unsqueeze(1), 0)
+        crowded = None if self.crowded is None else self.crowded & ~senders.unsqueeze(1)
+        return replace(self, rows=rows, crowded=crowded)
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,6 +366,13 @@ def _unpack_bits(packed: Tensor, num_bits: int) -> Tensor:
     """Undo `_pack_bits` for each row."""
     bits = (packed.unsqueeze(-1) & _BYTE.to(packed.device)) != 0
     return bits.flatten(1)[:, :num_bits]
+
+
+def _count_bits(rows: Tensor) -> Tensor:
+    """Return the ones in each row of bytes, int64: pairs, nibbles and bytes added up within each byte."""
+    pairs = rows - ((rows >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(1, dtype=torch.int64)
 
 
 def payload_sizes(

@@ -13,18 +13,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 
+from distsign.admission import Admission
 from distsign.exchange import Verdicts, VoteExchange
 from distsign.exchange_thread import ExchangeThread
 from distsign.kernels import kernels_for
-from distsign.layout import Shape
+from distsign.layout import IntArray, Shape
 from distsign.options import VoteOptions
 from distsign.owner import Owner, Piece, make_owner
-from distsign.payload import density_for
+from distsign.payload import caps_at, density_for
 from distsign.plan import COALESCE_BYTES, Column, Part, Plan, fills_group, part_of
 from distsign.registry import ParameterRegistry, VoteError
 from distsign.statistics import VoteCounts
@@ -64,6 +66,7 @@ class VotePipeline:
         self._counts = counts
         self.voter = Voter(options.confidence, options.carry)
         self.owner: Owner | None = None
+        self.admission: Admission | None = None
         self.steering = Steering(options.confidence, budgeted=options.bits_per_param is not None)
         self.ladder = DensityLadder() if options.capped and options.bits_per_param is None else None
         self._density: float | None = None
@@ -75,6 +78,7 @@ class VotePipeline:
         self._error: VoteError | None = None
         self._in_backward = False
         self._poisoned = torch.zeros((), dtype=torch.bool)
+        self._unfit = torch.zeros((), dtype=torch.bool)  # whether this rank itself sent poison
         self._stream: torch.cuda.Stream | None = None
 
     def raise_if_broken(self) -> None:
@@ -102,21 +106,30 @@ class VotePipeline:
         self._excluded = frozenset(self._registry.rows_of(self.options.exclude))
         if self.owner is None:
             self.owner = self._new_owner(exchange.num_voters)
+        if self.admission is None:
+            self.admission = self._new_admission(exchange.num_voters)
+        exchange.admission = self.admission
         if self.options.bits_per_param is not None:
             # The first column's share stands for all: they differ by a few components.
             parts = [part_of(self._part(row), 0, self.options.ranks_per_node) for row in range(len(self._registry))]
             shapes = [Shape(part.row, part.length) for part in parts if part.voted]
-            self._density = density_for(
+            density = density_for(
                 self.options.bits_per_param,
                 shapes,
                 exchange.num_voters,
                 COALESCE_BYTES,
                 checksum=self.options.checksum,
             )
+            self._density = min(density, self.options.max_density or 1.0)
 
     def _new_owner(self, num_voters: int) -> Owner:
         options = self.options
         return make_owner(options.owner_carry, options.margin, num_voters, forget=options.forgets)
+
+    def _new_admission(self, num_voters: int) -> Admission:
+        options = self.options
+        word = "rank" if options.ranks_per_node == 1 else "node"
+        return Admission(num_voters, options.max_density, options.max_poison_streak, word)
 
     def on_bucket(self, bucket: GradBucket, scale: Tensor) -> Future[Tensor]:
         """Take a bucket in; its future holds the verdicts.
@@ -148,9 +161,12 @@ class VotePipeline:
         self.steering.begin_step()
         if self.ladder is not None:
             self.ladder.begin_step()
-            self._density = self.ladder.density
+            self._density = min(self.ladder.density, self.options.max_density or 1.0)
+        if self.admission is not None:
+            self.admission.begin_step()
         self._counts.begin_step()
         self._poisoned = torch.zeros((), dtype=torch.bool)
+        self._unfit = torch.zeros((), dtype=torch.bool)
         # Outside of backward DDP calls the hook with zeros, for a rank that has joined (`Join`, uneven inputs).
         self._in_backward = torch._C._current_graph_task_id() != -1
         if self._in_backward:
@@ -239,13 +255,24 @@ class VotePipeline:
             kernels=kernels,
             out=planes,
             factors=self.steering.of(column.rows),
-            caps=column.ballots.caps,
+            caps=self._caps(column),
             starts=rotating_starts(column.layout, self._counts.num_steps),
             forget=self.options.forgets,
             lengths=column.lengths,
         )
         self._counts.ballots(column.layout.num_elements, cast.num_ballots)
-        return column.ballots.seal(planes, cast.crowded, raw, ~(cast.finite & raw.isfinite().all()), kernels)
+        poison = ~(cast.finite & raw.isfinite().all())
+        self._unfit = self._unfit.to(device) | poison
+        crowded = None if column.ballots.caps is None else cast.crowded
+        return column.ballots.seal(planes, crowded, raw, poison, kernels)
+
+    def _caps(self, column: Column) -> IntArray | None:
+        """Return the most ballots of each piece: owners would leave out all of an honest worker that casts more."""
+        caps, density = column.ballots.caps, self.options.max_density
+        if density is None:
+            return caps
+        most = caps_at(density, column.layout.all_pieces.length)
+        return most if caps is None else np.minimum(most, caps)
 
     def _run_beside(self, job: Callable[[], None], tensors: list[Tensor]) -> None:
         """Enqueue a job on the side stream, after what the current stream has done; the host does not wait."""
@@ -376,11 +403,14 @@ class VotePipeline:
 
     def _end_step(self) -> None:
         assert self.owner is not None
-        self.voter.commit(self._poisoned)
+        # A step may go well for the others although this rank, left out, sent poison: it has nothing to remember of it.
+        self.voter.commit(self._poisoned | self._unfit)
         self.owner.commit(self._poisoned)
         self.steering.commit(self._poisoned)
         if self.ladder is not None:
             self.ladder.commit(self._poisoned)
+        assert self.exchange is not None
+        self.exchange.agree_on_poison()
         self._counts.end_step(self._poisoned)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
@@ -394,6 +424,7 @@ class VotePipeline:
             "voter": {name: self.voter.kept(row) for name, row in names.items() if row < known},
             "owner": {(name_of[row], start, length): value for (row, start, length), value in kept.items()},
             "num_voters": 1 if self.exchange is None else self.exchange.num_voters,
+            "admission": None if self.admission is None else self.admission.state_dict(),
             "steering": self.steering.state_dict(names),
             "ladder": None if self.ladder is None else self.ladder.state_dict(),
         }
@@ -416,6 +447,11 @@ class VotePipeline:
         }
         self.owner = self._new_owner(num_voters)
         self.owner.keep(pieces, device)
+        self.admission = self._new_admission(num_voters)
+        if state.get("admission") is not None:  # checkpoints of earlier versions have none
+            self.admission.load_state_dict(state["admission"])
+        if self.exchange is not None:
+            self.exchange.admission = self.admission
         self.steering.load_state_dict(state["steering"], names)
         if self.ladder is not None:
             self.ladder.load_state_dict(state["ladder"])

@@ -55,7 +55,7 @@ class VoteCounts:
         bad = clean.new_tensor([1, 0, 0, 0, 0])
         self._totals = self._totals.to(clean.device) + torch.where(poisoned, bad, clean)
 
-    def traffic(self, counted: ExchangeBytes, world_size: int) -> Traffic:
+    def traffic(self, counted: ExchangeBytes, world_size: int, left_out: tuple[int, ...] = ()) -> Traffic:
         """Return the report. Waits for the device."""
         poisoned_steps, num_cast, ballots, num_decided, verdicts = self._totals.tolist()
         return Traffic(
@@ -66,6 +66,7 @@ class VoteCounts:
             num_poisoned_steps=poisoned_steps,
             ballot_density=ballots / num_cast if num_cast else 0.0,
             verdict_density=verdicts / num_decided if num_decided else 0.0,
+            left_out_ranks=left_out,
         )
 
     def state_dict(self) -> dict[str, object]:

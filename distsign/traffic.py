@@ -19,6 +19,7 @@ __all__ = [
     "agreement_bytes",
     "all_gather_bytes",
     "exchange_bytes",
+    "poison_report_bytes",
     "power_sgd_elements",
     "ring_all_reduce_bytes",
     "step_bytes",
@@ -62,6 +63,8 @@ class Traffic:
         num_poisoned_steps: those of them in which some rank's gradient held a NaN or an infinity.
         ballot_density: share of this rank's ballots that are not 0, over the steps that were not poisoned.
         verdict_density: share of the verdicts that are not 0, likewise.
+        left_out_ranks: those (of the hierarchical exchange, nodes) whose ballots are left out now because they have
+            sent poison in `max_poison_streak` steps in a row.
     """
 
     sent_bytes: int
@@ -74,6 +77,7 @@ class Traffic:
     num_poisoned_steps: int
     ballot_density: float
     verdict_density: float
+    left_out_ranks: tuple[int, ...] = ()
 
 
 def ring_all_reduce_bytes(num_elements: int, bytes_per_element: int, world_size: int) -> int:
@@ -128,6 +132,20 @@ def agreement_bytes(num_voters: int, ranks_per_node: int = 1) -> ExchangeBytes:
     """
     within = 8 * num_voters * (ranks_per_node - 1)
     total = 8 * (num_voters - 1) + within
+    return ExchangeBytes(total, total, within, within)
+
+
+def poison_report_bytes(num_voters: int, ranks_per_node: int = 1) -> ExchangeBytes:
+    """Return what one rank sends and receives where owners tell all ranks who sent them poison: a byte a voter.
+
+    Nothing travels with `exchange="all_gather"`.
+
+    Example:
+        >>> poison_report_bytes(num_voters=4)
+        ExchangeBytes(sent_bytes=12, received_bytes=12, sent_within_bytes=0, received_within_bytes=0)
+    """
+    within = num_voters * (ranks_per_node - 1)
+    total = num_voters * (num_voters - 1) + within
     return ExchangeBytes(total, total, within, within)
 
 
@@ -268,6 +286,7 @@ def step_bytes(
     ranks_per_node: int = 1,
     bytes_per_element: int = 4,
     checksum: bool = False,
+    poison_reports: bool = False,
 ) -> ExchangeBytes:
     """Return what one rank sends and receives in one training step.
 
@@ -282,6 +301,7 @@ def step_bytes(
         ranks_per_node: consecutive ranks that average before they vote, in the hierarchical exchange.
         bytes_per_element: of the gradients that are averaged there.
         checksum: whether a checksum ends each payload; all ranks then tell each other at the step's end how it went.
+        poison_reports: whether owners tell who sent poison, as they do with `max_poison_streak`.
 
     Example:
         >>> step_bytes([[Shape(0, 4096), Shape(1, 10)]], world_size=4, rank=0).sent_bytes
@@ -290,6 +310,8 @@ def step_bytes(
         18822
     """
     total = agreement_bytes(world_size // ranks_per_node, ranks_per_node) if checksum else ExchangeBytes()
+    if poison_reports and exchange != "all_gather":
+        total += poison_report_bytes(world_size // ranks_per_node, ranks_per_node)
     for group in groups:
         messages = GroupMessages.build(
             group,

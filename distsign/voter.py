@@ -133,7 +133,8 @@ class Voter:
             kernels: backend of the gradients' device.
             out: uint8 `[layout.buffer_bytes]`, changed where the planes lie.
             factors: float64 `[num_rows]` on the thresholds; None is 1.
-            caps: int64 `[num_pieces]`, most ballots of each piece, which needs a carry for the others; None: no cap.
+            caps: int64 `[num_pieces]`, most ballots of each piece; the others wait in the carry, or are lost where
+                there is none. None: no cap.
             starts: int64 `[num_pieces]`, with caps: see `rotating_starts`.
             forget: whether the carry is cleared too where a ballot did not fit.
             lengths: int64 `[num_rows]`, elements of each parameter; None: as the layout has them.
@@ -161,9 +162,9 @@ class Voter:
                 self.confidence.square_decay or 0.0,
             )
             counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=forget or caps is None)
-            if caps is not None:
-                assert starts is not None
-                counts, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=forget)
+        if caps is not None:
+            assert starts is not None
+            counts, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=forget)
         if lengths is None:
             lengths = torch.tensor([shape.num_elements for shape in layout.shapes], device=out.device)
         new = self.confidence.observe(new, counts / lengths.clamp(min=1).double())

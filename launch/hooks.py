@@ -175,6 +175,8 @@ def make_vote_state(options: TrainOptions) -> SignVoteState:
         bits_per_param=options.bits_per_param,
         l2=options.l2,
         checksum=options.checksum,
+        max_density=options.max_density,
+        max_poison_streak=options.max_poison_streak,
     )
 
 

@@ -37,6 +37,8 @@ _VOTE_DEFAULTS = (
     ("owner_carry", "auto"),
     ("bits_per_param", None),
     ("checksum", False),
+    ("max_density", None),
+    ("max_poison_streak", None),
 )
 
 
@@ -66,6 +68,8 @@ class TrainOptions:
     owner_carry: str
     bits_per_param: float | None
     checksum: bool
+    max_density: float | None
+    max_poison_streak: int | None
     bucket_cap_mb: float
     batch_size: int
     steps: int | None
@@ -265,6 +269,8 @@ def make_parser() -> argparse.ArgumentParser:
     link.add_argument("--owner-carry", choices=OWNER_CARRIES, default="auto", help="what owners keep of votes")
     link.add_argument("--bits-per-param", type=float, metavar="BITS", help="budget per parameter and direction")
     link.add_argument("--checksum", action="store_true", help="4 bytes more a payload, to find what a link damaged")
+    link.add_argument("--max-density", type=float, metavar="SHARE", help="leave out ballots that are denser than this")
+    link.add_argument("--max-poison-streak", type=int, metavar="STEPS", help="leave out a rank that poisons so many")
     link.add_argument("--bucket-cap-mb", type=float, default=25.0, help="DDP's bucket size, in MiB")
 
     out = parser.add_argument_group("results")

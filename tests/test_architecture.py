@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"kernels"},
     {"ballots", "layout"},
     {"payload", "voter", "steering"},
-    {"owner", "plan", "resharding"},
+    {"owner", "plan", "resharding", "admission"},
     {"traffic"},
     {"collectives", "exchange_thread"},
     {"statistics"},
