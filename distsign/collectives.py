@@ -257,9 +257,15 @@ def _group_of(parent: dist.ProcessGroup, parts: list[list[int]]) -> dist.Process
     mine: dist.ProcessGroup | None = None
     for ranks in parts:
         if dist.get_rank() in ranks or not local:
-            group = dist.new_group(
-                ranks, timeout=_timeout_of(parent), backend=dist.get_backend(parent), use_local_synchronization=local
-            )
+            try:
+                group = dist.new_group(
+                    ranks,
+                    timeout=_timeout_of(parent),
+                    backend=dist.get_backend(parent),
+                    use_local_synchronization=local,
+                )
+            except RuntimeError as error:
+                raise LinkError(f"ranks {ranks} could not make a process group: {_in_short(error)}") from error
             mine = group if dist.get_rank() in ranks else mine
     assert mine is not None
     return mine

@@ -1,0 +1,101 @@
+"""`torchrun --max-restarts`: a run that loses ranks goes on from its last checkpoint, and ends as an unbroken one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.checkpoint import read
+
+from .losing import SMALL, STARTED_WITHIN_S, VOTE
+from .torchrun import Launch, launch
+
+NUM_STEPS = 60
+RUN = ["-m", "launch.train", *SMALL, *VOTE, "--lr", "0.02", "--steps", str(NUM_STEPS), "--timeout", "8"]
+
+
+def argv(checkpoint: Path) -> list[str]:
+    return [*RUN, "--checkpoint", str(checkpoint), "--checkpoint-every", "4", "--resume", "if-there"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    path = tmp_path_factory.mktemp("unbroken") / "run.pt"
+    done = launch(argv(path), 2, deadline_s=150)
+    assert done.returncode == 0, done.stderr
+    return read(str(path))
+
+
+def step_of(checkpoint: Path) -> int:
+    try:
+        return int(read(str(checkpoint))["shared"]["step"])
+    except FileNotFoundError:  # not yet, or between the two renames
+        return 0
+
+
+def wait_past(checkpoint: Path, step: int, running: Launch) -> int:
+    """Wait for a checkpoint of a later step, and return its step."""
+    until = time.monotonic() + STARTED_WITHIN_S
+    while (found := step_of(checkpoint)) <= step:
+        assert time.monotonic() < until and running.process.poll() is None, running.output().stderr
+        time.sleep(0.01)
+    return found
+
+
+def ranks_of(running: Launch) -> list[int]:
+    """Return the ids of the ranks' processes."""
+    launched = [pid for pid in running.pids() if pid != running.process.pid]
+    return [pid for pid in launched if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
+
+
+def assert_same(found: object, wanted: object, where: str = "") -> None:
+    assert type(found) is type(wanted), where
+    if isinstance(wanted, torch.Tensor):
+        assert isinstance(found, torch.Tensor) and torch.equal(found, wanted), where
+    elif isinstance(wanted, dict):
+        assert isinstance(found, dict) and found.keys() == wanted.keys(), where
+        for key, value in wanted.items():
+            assert_same(found[key], value, f"{where}/{key}")
+    elif isinstance(wanted, (list, tuple)):
+        assert isinstance(found, (list, tuple)) and len(found) == len(wanted), where
+        for k, value in enumerate(wanted):
+            assert_same(found[k], value, f"{where}/{k}")
+    else:
+        assert found == wanted, where
+
+
+def test_two_losses_and_the_same_end(tmp_path: Path, unbroken: dict[str, object]) -> None:
+    """One rank is killed in the first life, one frozen in the second, each a moment after some checkpoint."""
+    draw = random.Random(7)
+    checkpoint = tmp_path / "run.pt"
+    lost_at = []
+    # A frozen rank hears no SIGTERM: torchrun kills it after so long.
+    with Launch(argv(checkpoint), 2, torchrun_args=["--max-restarts=2", "--shutdown-timeout=3"]) as running:
+        step = 0
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            step = wait_past(checkpoint, step + draw.randrange(4, 12), running)
+            time.sleep(draw.random() * 0.1)
+            victims = ranks_of(running)
+            assert len(victims) == 2
+            victim = draw.choice(victims)
+            os.kill(victim, number)
+            lost_at.append(step)
+            wait_gone(victim)
+        done = running.wait(150)
+    assert done.returncode == 0, done.stderr
+    assert 0 < lost_at[0] < lost_at[1] < NUM_STEPS
+    assert_same(read(str(checkpoint)), unbroken)
+
+
+def wait_gone(pid: int, within_s: float = 60.0) -> None:
+    """Wait until torchrun has removed a lost rank."""
+    until = time.monotonic() + within_s
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < until, "torchrun has not noticed"
+        time.sleep(0.05)
