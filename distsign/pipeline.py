@@ -300,7 +300,7 @@ class VotePipeline:
         except BaseException as error:  # noqa: BLE001  (it is raised again where the user can see it)
             assert self.exchange is not None
             self._error = VoteError(
-                f"in step {self._counts.num_steps} the vote on {self._describe(group)} failed on "
+                f"the vote on {self._describe(group)} failed in step {self._counts.num_steps} on "
                 f"{self.exchange.describe()}: {type(error).__name__}: {error}"
             )
             self._error.__cause__ = error
@@ -318,7 +318,7 @@ class VotePipeline:
         names = [name for row in rows if (name := self._registry.name(row)) is not None]
         elements = f"{len(rows)} parameters, {sum(bucket.gradient.numel() for bucket in group):,} elements"
         first = f"{names[0]} to {names[-1]}" if len(names) > 1 else "".join(names) or "unnamed"
-        return f"{len(group)} bucket(s), {first} ({elements}),"
+        return f"{len(group)} bucket(s), {first} ({elements})"
 
     def _vote(self, group: list[_Bucket], plan: Plan, ballots: Tensor | None, scale: Tensor) -> None:
         assert self.exchange is not None and self.owner is not None

@@ -46,10 +46,10 @@ class FakeLink:
         self.group = None
         self.arriving: list[Tensor] = []
 
-    def all_to_all(self, source: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    def all_to_all(self, source: Tensor, send: list[int], receive: list[int], what: str) -> Tensor:
         return self.arriving.pop() if self.arriving else source
 
-    def all_gather(self, source: Tensor) -> Tensor:
+    def all_gather(self, source: Tensor, what: str) -> Tensor:
         return self.arriving.pop()
 
 

@@ -43,13 +43,13 @@ class DamagedLink:
                 found[at + bit // 8] ^= 1 << bit % 8
             self.num_calls += 1
 
-    def all_to_all(self, source: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        found = Link.all_to_all(self.link, source, send, receive)
+    def all_to_all(self, source: Tensor, send: list[int], receive: list[int], what: str) -> Tensor:
+        found = Link.all_to_all(self.link, source, send, receive, what)
         self.damage(found, sum(receive[: self.sender]), receive[self.sender])
         return found
 
-    def all_gather(self, source: Tensor) -> Tensor:
-        found = Link.all_gather(self.link, source)
+    def all_gather(self, source: Tensor, what: str) -> Tensor:
+        found = Link.all_gather(self.link, source, what)
         if source.dtype == torch.uint8:
             self.damage(found.view(-1), self.sender * source.numel(), source.numel())
         return found

@@ -1,4 +1,4 @@
-"""A rank is killed or frozen, or its link is cut: all others end by themselves, in time, and say what did not arrive."""
+"""A rank is killed or frozen, or its link is cut: all others end by themselves in time and say what did not come."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .losing import ANSWER_S, ENDLESS, SMALL, VOTE, end, last_words, start_ranks
 
 TIMEOUT_S = 6.0
 PHASES = r"(ballots to their owners|verdicts to all ranks) did not get through among ranks \[0, 1, 2\]"
-BUCKET = r"in step \d+ the vote on \d+ bucket\(s\), \S+ to \S+ \(\d+ parameters, [\d,]+ elements\)"
+BUCKET = r"the vote on \d+ bucket\(s\), \S+ to \S+ \(\d+ parameters, [\d,]+ elements\) failed in step \d+"
 
 
 def argv(tmp_path: Path, *more: str) -> list[str]:
