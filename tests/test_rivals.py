@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distsign.collectives import Link
 from distsign.rivals import RIVALS, make_rival
-from distsign.rivals.base import GatheringRival
+from distsign.rivals.base import GatheringRival, Piece
 from distsign.rivals.bits import num_bit_bytes, pack_bits, unpack_bits
 from distsign.rivals.elias import read_levels, write_levels
 from distsign.rivals.one_bit_adam import OneBitAdam, _decode
@@ -86,6 +87,20 @@ def test_one_bit_adam_keeps_at_both_ends_what_it_does_not_say(num_owners: int, s
             rtol=1e-5,
             atol=1e-6,
         )
+
+
+def test_one_bit_adam_goes_no_farther_than_adam() -> None:
+    rival = OneBitAdam(warmup_steps=1)
+    first = torch.tensor([1.0, 1e-7, 0.0, 0.5])
+    rival.combine([Piece("p", first.clone())], Link(None))
+    rival.step = 1
+    piece = Piece("p", torch.tensor([1.0, -1.0, 1.0, 0.5]))
+    rival.combine([piece], Link(None))
+    variance = rival.memory["p"]["variance"]
+    assert variance[2] == 0 and piece.gradient[2] == 0
+    unlimited = rival.memory["p"]["momentum"] / variance.sqrt()
+    assert unlimited[1].abs() > 1e3 and piece.gradient[1].abs() == torch.tensor(0.1 / 0.001**0.5)
+    torch.testing.assert_close(piece.gradient[[0, 3]], unlimited[[0, 3]].clamp(-0.1 / 0.001**0.5, 0.1 / 0.001**0.5))
 
 
 @given(st.lists(st.booleans(), max_size=70))

@@ -153,7 +153,6 @@ def one_bit_adam(step: int, name: str, grads: list[Tensor], memory: Memory) -> T
         memory[0, "E"] = (wanted - found).view(mean.shape)
         memory[0, "m"] = found.view(mean.shape)
     found = torch.as_tensor(memory[0, "m"]) / (torch.as_tensor(memory[0, "v"]) ** 0.5 + 1e-8)
-    assert found.abs().max() > 3.17 or step < 3, "else nothing is limited"
     return found.clamp(-0.1 / 0.001**0.5, 0.1 / 0.001**0.5)
 
 
