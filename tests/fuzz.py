@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from distsign.admission import Admission
 from distsign.exchange import VoteExchange
 from distsign.kernels import cpu
 from distsign.owner import make_owner
@@ -61,6 +62,7 @@ class Votes:
         self.exchange = VoteExchange(None, setting.kind, checksum=setting.ballots.checksum)
         self.link = FakeLink(setting.rank, setting.num_voters)
         self.exchange._voters = self.link  # type: ignore[assignment]
+        self.exchange.admission = Admission(setting.num_voters)
         self.owner = make_owner(setting.owner_carry, setting.margin, setting.num_voters, forget=setting.forget)
         self.slow = SlowOwner(setting.owner_carry, setting.margin, setting.num_voters, setting.forget)
         owners, honesty = range(setting.num_voters), float(rng.choice([1.0, 0.8, 0.0, 0.0]))
