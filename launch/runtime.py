@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -110,13 +113,58 @@ def start(ranks: Ranks, device: torch.device, timeout_s: float) -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, device_id=device_id)
     else:
         store, rank, world_size = next(rendezvous("env://", timeout=ARRIVAL))
-        # Until all are here: a machine may still be fetching the data, which takes longer than a lost rank should.
-        store.set(f"arrived/{rank}", "")
-        store.wait([f"arrived/{k}" for k in range(world_size)], ARRIVAL)
+        store = meet(store, rank, world_size)
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
         )
+
+
+def meet(store: dist.Store, rank: int, world_size: int, within: timedelta = ARRIVAL) -> dist.Store:
+    """Wait until all ranks are here, and return a part of the store where nobody has written before.
+
+    torchrun's store outlives the workers that it restarts, with the addresses of the dead in it, where NCCL and Gloo
+    then look for each other in vain; and its count of restarts differs between nodes (pytorch issues 135712, 167288).
+    So each process comes with a name of its own. Rank 0 publishes the names that it finds, again whenever one has
+    changed, until every rank has found its own in the list.
+
+    Args:
+        store: which all ranks share, whatever an earlier life of them has left in it.
+        rank: this process's.
+        world_size: number of ranks.
+        within: they must all come; long, since a machine may still be fetching its data.
+
+    Raises:
+        RankLostError: some did not come in time; says which, on rank 0.
+    """
+    name, until = uuid.uuid4().hex, time.monotonic() + within.total_seconds()
+    missing: list[int] = []
+
+    def pause() -> None:
+        if time.monotonic() > until:
+            who = f"rank(s) {missing}" if missing else "another rank"
+            raise RankLostError(f"rank {rank} of {world_size} waited in vain for {who} to start, for {within}")
+        time.sleep(0.02)
+
+    def found(key: str) -> str | None:
+        return store.get(key).decode() if store.check([key]) else None
+
+    if rank != 0:
+        store.set(f"arrived/{rank}", name)
+        while len(roster := json.loads(found("roster") or "[]")) != world_size or roster[rank] != name:
+            pause()
+        store.set(f"seen/{roster[0]}/{rank}", "")
+        return dist.PrefixStore(roster[0], store)
+    published: list[str | None] = []
+    while True:
+        arrived = [name, *(found(f"arrived/{k}") for k in range(1, world_size))]
+        if None not in arrived and arrived != published:
+            published = arrived
+            store.set("roster", json.dumps(published))
+        missing = [k for k in range(1, world_size) if not store.check([f"seen/{name}/{k}"])]
+        if published and not missing:
+            return dist.PrefixStore(name, store)
+        pause()
 
 
 def agree(what: str, mine: str, ranks: Ranks, advice: str) -> None:

@@ -180,6 +180,7 @@ def write_until_killed(path: str, first: int, done: int, kill_at: int | None) ->
 
 def kill_many(path: str, seed: int) -> None:
     """Kill writers at each operation on a file in turn, then at random moments; what survives must be whole."""
+    torch.set_num_threads(1)  # a fork inherits no thread, and would wait for OpenMP's for ever
     rng = random.Random(seed)
     last = num_partials = num_gaps = 0
     write(path, content_of(last, 200_000))
