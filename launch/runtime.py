@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from distsign.collectives import LinkError
@@ -120,7 +120,7 @@ def start(ranks: Ranks, device: torch.device, timeout_s: float) -> None:
         )
 
 
-def meet(store: dist.Store, rank: int, world_size: int, within: timedelta = ARRIVAL) -> dist.Store:
+def meet(store: Store, rank: int, world_size: int, within: timedelta = ARRIVAL) -> Store:
     """Wait until all ranks are here, and return a part of the store where nobody has written before.
 
     torchrun's store outlives the workers that it restarts, with the addresses of the dead in it, where NCCL and Gloo
@@ -154,7 +154,7 @@ def meet(store: dist.Store, rank: int, world_size: int, within: timedelta = ARRI
         while len(roster := json.loads(found("roster") or "[]")) != world_size or roster[rank] != name:
             pause()
         store.set(f"seen/{roster[0]}/{rank}", "")
-        return dist.PrefixStore(roster[0], store)
+        return PrefixStore(roster[0], store)
     published: list[str | None] = []
     while True:
         arrived = [name, *(found(f"arrived/{k}") for k in range(1, world_size))]
@@ -163,7 +163,7 @@ def meet(store: dist.Store, rank: int, world_size: int, within: timedelta = ARRI
             store.set("roster", json.dumps(published))
         missing = [k for k in range(1, world_size) if not store.check([f"seen/{name}/{k}"])]
         if published and not missing:
-            return dist.PrefixStore(name, store)
+            return PrefixStore(name, store)
         pause()
 
 

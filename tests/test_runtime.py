@@ -6,16 +6,16 @@ import threading
 from datetime import timedelta
 
 import pytest
-import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store
 
 from launch.runtime import RankLostError, meet
 
 WITHIN = timedelta(seconds=20)
 
 
-def meet_all(stores: dict[int, dist.Store]) -> dict[int, dist.Store]:
+def meet_all(stores: dict[int, Store]) -> dict[int, Store]:
     """Let one thread a rank meet the others."""
-    met: dict[int, dist.Store] = {}
+    met: dict[int, Store] = {}
 
     def run(rank: int) -> None:
         met[rank] = meet(stores[rank], rank, len(stores), WITHIN)
@@ -30,7 +30,7 @@ def meet_all(stores: dict[int, dist.Store]) -> dict[int, dist.Store]:
 
 
 def test_lives_do_not_see_each_other() -> None:
-    store = dist.HashStore()
+    store = HashStore()
     for life in range(3):
         met = meet_all(dict.fromkeys(range(3), store))
         assert not met[0].check(["address"]), "an earlier life's"
@@ -40,7 +40,7 @@ def test_lives_do_not_see_each_other() -> None:
 
 def test_the_dead_are_not_taken_for_arrived() -> None:
     """A life that ended before all had come leaves names behind, of rank 0's partner and of rank 0 itself."""
-    store = dist.HashStore()
+    store = HashStore()
     for rank in (0, 1):
         with pytest.raises(RankLostError):
             meet(store, rank, 2, timedelta(seconds=0.1))
@@ -52,7 +52,7 @@ def test_the_dead_are_not_taken_for_arrived() -> None:
 
 
 def test_a_life_of_another_size() -> None:
-    store = dist.HashStore()
+    store = HashStore()
     meet_all(dict.fromkeys(range(4), store))
     met = meet_all(dict.fromkeys(range(2), store))
     met[0].set("key", "value")
