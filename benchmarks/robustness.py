@@ -64,7 +64,7 @@ VOTES: dict[str, Vote] = {
         _rms, 0.016, lambda f: {"margin": f + 1, "owner_carry": "standing", "exchange": "all_gather", **GUARDS}
     ),
 }
-"""Ways to vote by name: two bit planes; the recipe, with its carry at the owner, and with standing ballots; all guards."""
+"""Ways to vote by name: bit planes; the recipe, carrying at the owner or with standing ballots; all guards at once."""
 DEFENCES = [*RULES, *VOTES]
 
 
