@@ -351,6 +351,30 @@ def train_scaled(rank: int, world_size: int, confidence: Confidence, scaled: boo
     return digest(net)
 
 
+def overflow(rank: int, world_size: int, dtype: torch.dtype, scaled: bool) -> tuple[str, float]:
+    """One rank's gradient overflows in step 2: under autocast with a `GradScaler`, or where the model itself is half."""
+    net, model, state = build(Case(dtype=torch.float32 if scaled else dtype))
+    optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, vote_state=state)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, enabled=scaled)
+    if scaled:
+        state.loss_scale = scaler
+    for step in range(5):
+        before = digest(net)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=scaled):
+            out = model(batch(rank, step, 0, next(net.parameters()).dtype))
+        assert out.dtype == dtype
+        if step == 2 and rank == 1:
+            out.register_hook(lambda grad: grad * torch.finfo(dtype).max * torch.finfo(dtype).max)
+        scaler.scale(out.float().square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert (digest(net) == before) == (step == 2), step
+    assert state.traffic().num_poisoned_steps == 1
+    state.close()
+    return digest(net), scaler.get_scale()
+
+
 def resume(rank: int, world_size: int) -> None:
     """Ten steps at once, and five, a checkpoint, a new process's worth of objects, and five."""
     unbroken, broken = build(Case()), build(Case())

@@ -101,6 +101,14 @@ def test_loss_scaling_changes_nothing(rank_pool: Pools, confidence: object) -> N
     assert len({*scaled, *plain}) == 1
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_overflow_on_one_rank_skips_the_step_on_all(rank_pool: Pools, dtype: torch.dtype, scaled: bool) -> None:
+    ends = rank_pool(3).run(jobs.overflow, dtype, scaled)
+    assert len(set(ends)) == 1
+    assert ends[0][1] == (2.0**5 if scaled else 1.0), "the scaler must back off on the ranks that saw no overflow, too"
+
+
 def test_resumed_run_repeats_the_unbroken_one(rank_pool: Pools) -> None:
     rank_pool(3).run(jobs.resume)
 
