@@ -31,8 +31,8 @@ from launch.tasks import Batch, ImageTask, Shard
 NUM_WORKERS = 8
 NUM_STEPS = 300
 SEED = 0
-GUARDS = {"max_density": 0.08, "max_poison_streak": 5}
-"""Honest workers of this task vote on 2 to 4 % of the components; liars just below the cap pass."""
+GUARDS = {"max_density": 0.04, "max_poison_streak": 5}
+"""Honest workers of this task vote on 1 % of the components, on more of them early; liars just below the cap pass."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,21 @@ def make(cell: Cell, model: torch.nn.Module, attack: Attack) -> tuple[Electorate
     return electorate, SignAdamPP(model.named_parameters(), lr=vote.lr, momentum=vote.momentum)
 
 
-def read(path: Path, setting: Row) -> dict[Cell, Row]:
+def setting_of(cell: Cell, num_steps: int, batch_size: int) -> Row:
+    """Return what else a cell's result depends on."""
+    vote = VOTES.get(cell.defence)
+    options = {} if vote is None else {"lr": vote.lr, **vote.options(cell.num_liars)}
+    return {"num_steps": num_steps, "batch_size": batch_size, **options}
+
+
+def read(path: Path, num_steps: int, batch_size: int) -> dict[Cell, Row]:
     """Return the cells that are there already, of the same setting."""
     found = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         row = json.loads(line)
-        if row.pop("setting") == setting:
-            found[Cell(row["attack"], row["num_liars"], row["defence"])] = row
+        cell = Cell(row["attack"], row["num_liars"], row["defence"])
+        if row.pop("setting") == setting_of(cell, num_steps, batch_size):
+            found[cell] = row
     return found
 
 
@@ -171,11 +179,10 @@ def run(options: argparse.Namespace) -> None:
     """See `main`."""
     torch.set_num_threads(1)
     num_steps, batch_size = (3, 4) if options.quick else (NUM_STEPS, 16)
-    setting = {"num_steps": num_steps, "batch_size": batch_size, "guards": GUARDS}
     report = Report("robustness", options)
     log = Path(options.out) / "robustness.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
-    found, until = read(log, setting), time.monotonic() + 60 * options.minutes
+    found, until = read(log, num_steps, batch_size), time.monotonic() + 60 * options.minutes
     workers = Workers(num_steps, batch_size)
     for cell in tqdm([each for each in cells() if each not in found], unit="run"):
         if time.monotonic() > until:
@@ -183,7 +190,7 @@ def run(options: argparse.Namespace) -> None:
         row = workers.run(cell)
         found[cell] = row
         with log.open("a") as file:
-            file.write(json.dumps({"setting": setting, **row}) + "\n")
+            file.write(json.dumps({"setting": setting_of(cell, num_steps, batch_size), **row}) + "\n")
     tables(report, found)
     report.write()
 

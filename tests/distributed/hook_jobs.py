@@ -352,7 +352,7 @@ def train_scaled(rank: int, world_size: int, confidence: Confidence, scaled: boo
 
 
 def overflow(rank: int, world_size: int, dtype: torch.dtype, scaled: bool) -> tuple[str, float]:
-    """One rank's gradient overflows in step 2: under autocast with a `GradScaler`, or where the model itself is half."""
+    """One rank's gradient overflows in step 2: under autocast with a `GradScaler`, or in a model of that dtype."""
     net, model, state = build(Case(dtype=torch.float32 if scaled else dtype))
     optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, vote_state=state)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, enabled=scaled)
