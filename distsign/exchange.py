@@ -58,7 +58,7 @@ class VoteExchange:
         kind: `"two_phase"` (bytes per rank flat in the number of ranks) or `"all_gather"` (each rank counts all ballots
             itself, so that no owner needs to be trusted).
         ranks_per_node: consecutive ranks that make a node; 1 for a vote of all.
-        checksum: whether payloads end with one. A payload that is damaged then poisons the step, and `agree_on_damage`
+        checksum: whether payloads end with one. A payload that is damaged then poisons the step, and `agree`
             tells all ranks.
 
     Attributes:
@@ -306,10 +306,12 @@ class VoteExchange:
         self._mismatch = bad if self._mismatch is None else self._mismatch | bad
         return poisoned | bad
 
-    def agree_on_damage(self) -> Tensor:
-        """Let all ranks learn whether a checksum of this step did not match anywhere; all must call it at its end.
+    def agree(self) -> Tensor:
+        """Let all ranks learn, at the end of a step, whose payload came damaged, and who sent poison to anybody.
 
-        So that no rank takes a step that another does not: what came damaged to one has reached the others well.
+        All must call it. Without it a rank might take a step that another does not: what came damaged to one has
+        reached the others well. Who floods with poison is left out by all alike; owners know of what came to them
+        alone, and tell; where every rank gets all ballots, none needs to believe it. One message says both.
 
         Returns:
             bool scalar tensor on the device of the payloads, alike on all ranks: whether the step must be poisoned.
@@ -319,10 +321,24 @@ class VoteExchange:
                 it. On CUDA, where this would wait, `raise_if_mismatched` says so later.
         """
         damage, self._damage = self._damage, torch.zeros_like(self._damage)
-        if not self._checksum:
-            return damage != 0
-        by_node = self._voters.all_gather(damage.view(1), "word of damage").view(-1)
-        everyones = self._node.all_gather(by_node, "word of damage").t().flatten()  # in order of rank
+        seen = self.admission.seen
+        split = damage.itemsize * self._checksum
+        telling = self.admission.max_poison_streak is not None and self.kind != "all_gather"
+        if self._checksum or telling:
+            word = [damage.view(1).view(torch.uint8)] * self._checksum + [seen.to(torch.uint8)] * telling
+            of_voters = self._voters.all_gather(torch.cat(word), "word of damage and poison")
+            in_node = torch.cat([of_voters[:, :split].flatten(), of_voters[:, split:].amax(0) if telling else seen[:0]])
+            of_node = self._node.all_gather(in_node, "word of damage and poison")
+            split *= self._voters.world_size
+            if self._checksum:  # in order of rank
+                damage = of_node[:, :split].contiguous().view(torch.int64).t().flatten()
+            if telling:
+                seen = of_node[:, split:].amax(0) != 0
+        self._require_undamaged(damage)
+        self.admission.commit(seen)
+        return (damage != 0).any()
+
+    def _require_undamaged(self, everyones: Tensor) -> None:
         bad = (everyones != 0).any()
         if bad.device.type != "cpu":
             self._mismatch = bad if self._mismatch is None else self._mismatch | bad
@@ -333,20 +349,6 @@ class VoteExchange:
                 "written: its checksum does not match. All ranks have left the step out; go on from a checkpoint, and "
                 "look at the link between these ranks and at their memory"
             )
-        return bad
-
-    def agree_on_poison(self) -> None:
-        """Let all ranks learn who sent poison to anybody in this step, and so who is to be left out, at its end.
-
-        Owners know of what came to them alone, and tell; where every rank gets all ballots, none needs to believe it.
-        """
-        if self.admission.max_poison_streak is None:
-            return
-        seen = self.admission.seen
-        if self.kind != "all_gather":
-            by_owner = self._voters.all_gather(seen.to(torch.uint8))
-            seen = self._node.all_gather(by_owner.amax(0)).amax(0) != 0
-        self.admission.commit(seen)
 
     def raise_if_mismatched(self) -> None:
         """Raise what a header check on CUDA has found since. Waits for the device.

@@ -295,7 +295,7 @@ class VotePipeline:
                 if self._in_backward:
                     self._registry.mark_verdicts(row for bucket in group for row in bucket.rows)
                 if is_last:
-                    self._leave_out_if_damaged(group)
+                    self._agree(group)
                     self._end_step()
         except BaseException as error:  # noqa: BLE001  (it is raised again where the user can see it)
             assert self.exchange is not None
@@ -392,11 +392,11 @@ class VotePipeline:
             if self.ladder is not None:
                 self.ladder.observe(verdicts, slots, crowded, lengths)
 
-    def _leave_out_if_damaged(self, group: list[_Bucket]) -> None:
+    def _agree(self, group: list[_Bucket]) -> None:
         """Poison the step on all ranks if a checksum did not match on any; on the CPU that is an error at once."""
         assert self.exchange is not None
-        if self.options.checksum:
-            damaged = self.exchange.agree_on_damage()
+        damaged = self.exchange.agree()
+        if damaged.device.type != "cpu" and self.options.checksum:
             self._poisoned = self._poisoned | damaged
             for bucket in group:
                 bucket.gradient.masked_fill_(damaged, math.nan)
@@ -409,8 +409,6 @@ class VotePipeline:
         self.steering.commit(self._poisoned)
         if self.ladder is not None:
             self.ladder.commit(self._poisoned)
-        assert self.exchange is not None
-        self.exchange.agree_on_poison()
         self._counts.end_step(self._poisoned)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
