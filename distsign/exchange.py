@@ -331,7 +331,7 @@ class VoteExchange:
             of_node = self._node.all_gather(in_node, "word of damage and poison")
             split *= self._voters.world_size
             if self._checksum:  # in order of rank
-                damage = of_node[:, :split].contiguous().view(torch.int64).t().flatten()
+                damage = of_node[:, :split].flatten().view(torch.int64).view(of_node.shape[0], -1).t().flatten()
             if telling:
                 seen = of_node[:, split:].amax(0) != 0
         self._require_undamaged(damage)

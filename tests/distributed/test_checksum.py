@@ -26,6 +26,8 @@ CASES = {
     "sparse": replace(CARRY, options={"bits_per_param": 0.1, "owner_carry": True}),
     "excluded": Case(options={"exclude": ["gain", "first.bias", "last.bias"]}),
     "all-gather": Case(options={"exchange": "all_gather"}),
+    "streak": Case(options={"max_poison_streak": 3}),
+    "nodes": Case(options={"max_poison_streak": 3, "exchange": "hierarchical", "ranks_per_node": 2}),
 }
 
 
@@ -95,6 +97,7 @@ def train_on_a_damaged_link(rank: int, world_size: int, case: Case, call: int, b
         ("sparse", 1, 16),
         ("excluded", 1, -40),
         ("all-gather", 0, 99),
+        ("streak", 1, 17),  # word of damage and of poison travel together
     ],
 )
 def test_all_ranks_name_who_wrote_and_who_got_it(rank_pool: Pools, name: str, call: int, bit: int) -> None:
@@ -123,9 +126,9 @@ def train_both_ways(rank: int, world_size: int, case: Case) -> list[str]:
     return digests
 
 
-@pytest.mark.parametrize("name", ["planes", "excluded", "all-gather"])
+@pytest.mark.parametrize("name", ["planes", "excluded", "all-gather", "streak", "nodes"])
 def test_a_checksum_changes_no_verdict(rank_pool: Pools, name: str) -> None:
-    results = rank_pool(3).run(train_both_ways, CASES[name])
+    results = rank_pool(4 if name == "nodes" else 3).run(train_both_ways, CASES[name])
     assert len({each for both in results for each in both}) == 1
 
 
