@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-__all__ = ["CHECKSUM_BYTES", "checksums", "digest"]
+__all__ = ["CHECKSUM_BYTES", "checksums", "digest", "find_damaged", "write_checksum"]
 
 CHECKSUM_BYTES = 4
 
@@ -55,6 +55,32 @@ def checksums(rows: Tensor) -> Tensor:
     """
     found = torch.stack([digest(row) for row in rows])
     return found.unsqueeze(1).view(torch.uint8)[:, -CHECKSUM_BYTES:]
+
+
+def write_checksum(payload: Tensor) -> None:
+    """Write the checksum of all bytes before it into the last `CHECKSUM_BYTES` of a payload, uint8 `[n]`, in place."""
+    if payload.device.type == "cpu":
+        data = payload.numpy()
+        data[-CHECKSUM_BYTES:] = np.frombuffer(_checksum(data[:-CHECKSUM_BYTES]), np.uint8)
+    else:
+        payload[-CHECKSUM_BYTES:] = checksums(payload[None, :-CHECKSUM_BYTES])[0]
+
+
+def find_damaged(payloads: Tensor) -> Tensor:
+    """Return which payloads are not as `write_checksum` left them, bool `[num_payloads]`.
+
+    Args:
+        payloads: uint8 `[num_payloads, n]`, each contiguous.
+    """
+    if payloads.device.type == "cpu":
+        rows = payloads.numpy()
+        return torch.tensor([bytes(r[-CHECKSUM_BYTES:]) != _checksum(r[:-CHECKSUM_BYTES]) for r in rows])
+    return (checksums(payloads[:, :-CHECKSUM_BYTES]) != payloads[:, -CHECKSUM_BYTES:]).any(1)
+
+
+def _checksum(data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> bytes:
+    """Return what `checksums` does, on the CPU: payloads are many and short, and torch would take longer over them."""
+    return (xxhash.xxh3_64_intdigest(data) ^ 1 << 63).to_bytes(8, "little")[-CHECKSUM_BYTES:]
 
 
 def _multilinear(data: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distsign.digest import CHECKSUM_BYTES, checksums
+from distsign.digest import CHECKSUM_BYTES, find_damaged, write_checksum
 from distsign.kernels import Kernels, plane_bytes
 from distsign.layout import IntArray, Layout, Shape, shard_table
 from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header
@@ -240,7 +240,7 @@ class Form:
                 payload[POISON_BYTE] |= (~fits).to(torch.uint8) * POISON_FLAG
         payload[end:last] = raw.view(torch.uint8)
         if self.checksum:
-            payload[last:] = checksums(payload[None, :last])[0]
+            write_checksum(payload)
         return fits
 
     def _cuts(self, owner: int) -> tuple[int, int, int]:
@@ -256,7 +256,7 @@ class Form:
         """
         if not self.checksum:
             return payloads.new_zeros(payloads.shape[0], dtype=torch.bool)
-        return (checksums(payloads[:, :-CHECKSUM_BYTES]) != payloads[:, -CHECKSUM_BYTES:]).any(1)
+        return find_damaged(payloads)
 
     def open(self, owner: int, payloads: Tensor) -> Opened:
         """Take apart one owner's payloads from several senders; nothing is checked yet.
@@ -299,8 +299,11 @@ class Form:
             headers mean nothing; the census, bool `[num_pieces]`, None without caps; float32 `[num_raw]`; and bool
             `[num_owners]`, False for each body that is malformed.
         """
-        if self.caps is None and self.sizes == self.layout.sizes:
+        if self.caps is None and not any(self.raw_elements):
             fine = buffer.new_ones(len(self.sizes), dtype=torch.bool)
+            if self.checksum:
+                parts = torch.split(buffer, list(self.sizes))
+                buffer = torch.cat([part[:size] for part, size in zip(parts, self.layout.sizes, strict=True)])
             return buffer, None, buffer.new_zeros(0, dtype=torch.float32), fine
         planes = torch.empty(self.layout.buffer_bytes, dtype=torch.uint8, device=buffer.device)
         crowded = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distsign import digest as module
-from distsign.digest import _multilinear, digest
+from distsign.digest import CHECKSUM_BYTES, _multilinear, checksums, digest, find_damaged, write_checksum
 
 WAYS = {"xxh3": digest, "multilinear": lambda t: _multilinear(t.contiguous().reshape(-1).view(torch.uint8))}
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -71,3 +71,15 @@ def test_the_constants_are_splitmix64() -> None:
     # Of seed 0: the published generator's first numbers, made odd.
     first = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [int(value) & (2**64 - 1) for value in columns[:3]] == [value | 1 for value in first]
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 17, 240, 100_001])
+def test_a_payload_and_its_checksum(num_bytes: int) -> None:
+    draw = torch.Generator().manual_seed(num_bytes)
+    payloads = torch.randint(0, 256, (3, num_bytes + CHECKSUM_BYTES), dtype=torch.uint8, generator=draw)
+    for payload in payloads:
+        write_checksum(payload)
+    assert torch.equal(payloads[:, num_bytes:], checksums(payloads[:, :num_bytes]))
+    assert not find_damaged(payloads).any()
+    payloads[1, num_bytes // 2] ^= 4
+    assert find_damaged(payloads).tolist() == [False, True, False]
