@@ -61,7 +61,7 @@ def write_checksum(payload: Tensor) -> None:
     """Write the checksum of all bytes before it into the last `CHECKSUM_BYTES` of a payload, uint8 `[n]`, in place."""
     if payload.device.type == "cpu":
         data = payload.numpy()
-        data[-CHECKSUM_BYTES:] = np.frombuffer(_checksum(data[:-CHECKSUM_BYTES]), np.uint8)
+        data[-CHECKSUM_BYTES:] = np.frombuffer(_checksum(data[:-CHECKSUM_BYTES].data), np.uint8)
     else:
         payload[-CHECKSUM_BYTES:] = checksums(payload[None, :-CHECKSUM_BYTES])[0]
 
@@ -74,11 +74,11 @@ def find_damaged(payloads: Tensor) -> Tensor:
     """
     if payloads.device.type == "cpu":
         rows = payloads.numpy()
-        return torch.tensor([bytes(r[-CHECKSUM_BYTES:]) != _checksum(r[:-CHECKSUM_BYTES]) for r in rows])
+        return torch.tensor([bytes(r[-CHECKSUM_BYTES:]) != _checksum(r[:-CHECKSUM_BYTES].data) for r in rows])
     return (checksums(payloads[:, :-CHECKSUM_BYTES]) != payloads[:, -CHECKSUM_BYTES:]).any(1)
 
 
-def _checksum(data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> bytes:
+def _checksum(data: memoryview) -> bytes:
     """Return what `checksums` does, on the CPU: payloads are many and short, and torch would take longer over them."""
     return (xxhash.xxh3_64_intdigest(data) ^ 1 << 63).to_bytes(8, "little")[-CHECKSUM_BYTES:]
 
