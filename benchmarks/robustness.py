@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,12 @@ class Cell:
     defence: str
 
 
-def cells() -> Iterator[Cell]:
-    """Yield all of them, those that the threat model rests on first."""
+def cells(attacks: Sequence[str] = tuple(ATTACKS)) -> Iterator[Cell]:
+    """Yield all of some attacks, those that the threat model rests on first; none is always there."""
     for defence in DEFENCES:
         yield Cell("none", 0, defence)
     for num_liars in (3, 1, 2):
-        for attack in ATTACKS:
+        for attack in attacks:
             if attack != "none":
                 yield from (Cell(attack, num_liars, defence) for defence in DEFENCES)
 
@@ -171,20 +171,21 @@ def main() -> None:
     """Run what is missing, and print the tables."""
     options_parser = parser("robustness", __doc__)
     options_parser.add_argument("--minutes", type=float, default=math.inf, help="no new cell after so long")
-    options = options_parser.parse_args()
-    run(options)
+    options_parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS, help="only these")
+    options_parser.add_argument("--steps", type=int, default=NUM_STEPS, help="of each training")
+    run(options_parser.parse_args())
 
 
 def run(options: argparse.Namespace) -> None:
     """See `main`."""
     torch.set_num_threads(1)
-    num_steps, batch_size = (3, 4) if options.quick else (NUM_STEPS, 16)
+    num_steps, batch_size = (3, 4) if options.quick else (options.steps, 16)
     report = Report("robustness", options)
     log = Path(options.out) / "robustness.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     found, until = read(log, num_steps, batch_size), time.monotonic() + 60 * options.minutes
     workers = Workers(num_steps, batch_size)
-    for cell in tqdm([each for each in cells() if each not in found], unit="run"):
+    for cell in tqdm([each for each in cells(options.attacks) if each not in found], unit="run"):
         if time.monotonic() > until:
             break
         row = workers.run(cell)
