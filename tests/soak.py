@@ -1,4 +1,4 @@
-"""A thousand faults, and the end state of a run without them: `python -m tests.soak --faults 1000 --seed 0 --out FOLDER`.
+"""A thousand faults, and the end state of a run without them: `python -m tests.soak --faults 1000 --out FOLDER`.
 
 A soak is made of rounds of about twenty faults, drawn from the seed. Each trains a LeNet by sign votes on three ranks
 twice, without faults and with them: ranks are killed, frozen and cut off, their gradients, parameters, payloads and

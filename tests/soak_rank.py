@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,9 @@ from typing import Any, NoReturn
 import numpy as np
 import sklearn.datasets  # noqa: F401 - imported once, before the fork
 import torch
+import torch._dynamo  # noqa: F401 - DDP imports it otherwise, in each life
 from torch import Tensor
+from tqdm import tqdm
 
 import distsign.kernels.cpu  # noqa: F401 - loads the compiled kernels
 from distsign.collectives import Link
@@ -100,6 +103,7 @@ def live(place: Place, argv: list[str], poison: Mapping[int, Fault]) -> NoReturn
     os.environ.update(place.environment)
     # In the lab each rank is alone on its machine, and would take all cores; here they are shared.
     torch.set_num_threads = lambda number: None
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
     board = Board(place.board, place.num_ranks)
     _watch(board, place.rank)
     _plant(board, place.rank, poison)

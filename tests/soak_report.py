@@ -64,8 +64,8 @@ def _table(faults: Sequence[dict[str, Any]], timeout_s: float) -> str:
             row += f"{statistics.median(times):>25.2f}{max(times):>7.2f}{in_time:>9}"
         rows.append(row)
     rows.append(
-        f"in time: the last rank has raised that another is lost within the timeout of {timeout_s:g} s and a second for "
-        f"the step\nthat went on meanwhile; a rank hangs if it has not ended within the timeout and {SLACK_S:g} s"
+        f"in time: the last rank has raised that another is lost within the timeout of {timeout_s:g} s and a second "
+        f"for\nthe step that went on meanwhile; a rank hangs if it has not ended within the timeout and {SLACK_S:g} s"
     )
     return "\n".join(rows)
 
