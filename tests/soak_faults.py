@@ -34,6 +34,7 @@ class Strike:
         detected_s: until the last rank had raised that another is lost.
         ended_s: until the last rank had ended.
         hit: whether a kill meant for the writing of a checkpoint came while that lasted.
+        went_on: whether the run went on over a slow link.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Strike:
     detected_s: float | None = None
     ended_s: float | None = None
     hit: bool | None = None
+    went_on: bool | None = None
 
     def as_line(self) -> dict[str, Any]:
         """Return it for JSON, without what says nothing."""
@@ -64,6 +66,7 @@ class Striker:
         self.within_s = timeout_s + SLACK_S
         self.step = life.done
         self.hit: bool | None = None
+        self.went_on: bool | None = None
 
     def strike(self) -> Strike:
         ways: dict[str, Callable[[], Strike]] = {
@@ -95,6 +98,7 @@ class Striker:
             detected_s=detected_s,
             ended_s=ended_s,
             hit=self.hit,
+            went_on=self.went_on,
         )
 
     def _lose_by(self, number: int) -> Strike:
@@ -115,19 +119,24 @@ class Striker:
             self.life.lab.link_up(self.fault.rank)
 
     def _slow(self) -> Strike:
-        """The run must go on, and do steps meanwhile."""
+        """The run must go on and do a step meanwhile, or, where the link cannot carry it in time, end as by a loss.
+
+        Ballots get through in milliseconds, but each checkpoint gathers all carries on rank 0.
+        """
         assert self.life.lab is not None
+        since = time.monotonic()
         self.life.lab.set_rate(self.fault.rank, SLOW_RATE)
         try:
             before = self.life.furthest
             time.sleep(SLOW_S)
-            went_on = self.life.wait_until(before + 1)
-            code = [end.code for end in self.life.ends(0)]
+            self.went_on = self.life.wait_until(before + 1)
+            ends = [] if self.went_on else self.life.ends(self.within_s)
         finally:
             self.life.lab.set_rate(self.fault.rank, RATE)
-        if went_on or all(each == 0 for each in code):
+        if self.went_on or all(end.code == 0 for end in ends):
+            self.went_on = True
             return self._result([], ends_life=False)
-        return self._result([f"the run ended on a slow link, with {code}: {self.life.words(self.fault.rank)[-2000:]}"])
+        return self._result([trouble_of_loss(end) for end in ends], since=since)
 
     def _order(self, what: int) -> None:
         self.life.board.order(self.fault.rank, what, self.fault.draws)

@@ -30,10 +30,10 @@ POISON = (NAN, INF)
 OF_LINKS = (CUT, SLOW)
 """Need the lab."""
 
-STEPS_PER_FAULT = 8
+STEPS_PER_FAULT = 7
 FIRST_STEP = 10
 """Two checkpoints lie behind it, so that the previous one is there when the last is damaged."""
-LAST_STEPS = 40
+LAST_STEPS = 24
 """So many steps without a fault end a round: a fault that comes late on a busy machine still meets a run."""
 
 

@@ -102,7 +102,7 @@ def live(place: Place, argv: list[str], poison: Mapping[int, Fault]) -> NoReturn
                 raise OSError(ctypes.get_errno(), f"cannot enter {place.namespace}")
     os.environ.update(place.environment)
     # In the lab each rank is alone on its machine, and would take all cores; here they are shared.
-    torch.set_num_threads = lambda number: None
+    torch.set_num_threads = lambda nthreads: None
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
     board = Board(place.board, place.num_ranks)
     _watch(board, place.rank)

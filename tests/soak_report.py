@@ -39,6 +39,8 @@ def report(lines: Sequence[dict[str, Any]], timeout_s: float, no_lab: str, machi
     text.append(f"{lost} steps lost, of {steps} in all; the ranks were started {lives} times")
     writing = [fault["hit"] for fault in faults if "hit" in fault]
     text.append(f"{sum(writing)} of {len(writing)} kills for a checkpoint's writing came while it lasted")
+    slow = [fault["went_on"] for fault in faults if "went_on" in fault]
+    text.append(f"{sum(slow)} of {len(slow)} slow links were waited out; over the others the run ended by the timeout")
     text.append(f"ends of lives that no fault explains: {sum(len(line['strays']) for line in rounds)}")
     text.append(f"faults for which the run was over too soon: {sum(len(line['not_met']) for line in rounds)}")
     given_up = [line["given_up"] for line in lines if "given_up" in line]
