@@ -41,7 +41,7 @@ from launch.data import DataError
 from launch.hooks import SIGN_VOTE, Combiner, SignVote, Traffic, bucket_cap_mb, register_hook
 from launch.metrics import MetricsFile, describe_machine
 from launch.options import TrainOptions, UsageError, as_typed, exit_with, parse_options
-from launch.runtime import RankLostError, Ranks, agree, choose_device, is_of_a_lost_rank, start
+from launch.runtime import RankLostError, Ranks, agree, choose_device, is_of_a_lost_rank, start, starting
 from launch.schemes import make_optimizer
 from launch.tasks import TASKS, Shard, Task
 
@@ -377,7 +377,8 @@ def main(argv: list[str] | None = None) -> None:
         if dataset is not None and ranks.local_rank == 0:
             dataset.fetch(options.data, say=lambda text: print(f"launch.train: {text}", file=sys.stderr, flush=True))
         start(ranks, device, options.timeout)
-        trainer = Trainer(options, ranks, device)
+        with starting(ranks):
+            trainer = Trainer(options, ranks, device)
         trainer.run()
         trainer.close()
         dist.destroy_process_group()
