@@ -71,6 +71,7 @@ class Striker:
     def strike(self) -> Strike:
         ways: dict[str, Callable[[], Strike]] = {
             kinds.KILL: lambda: self._lose_by(signal.SIGKILL),
+            kinds.KILL_STARTING: lambda: self._lose_by(signal.SIGKILL),
             kinds.FREEZE: lambda: self._lose_by(signal.SIGSTOP),
             kinds.CUT: self._cut,
             kinds.SLOW: self._slow,
@@ -87,7 +88,8 @@ class Striker:
         ended_s = detected_s = None
         if since is not None:
             ended_s = round(time.monotonic() - since, 3)
-            detected_s = round(max(self.life.lost_at(), default=time.monotonic()) - since, 3)
+            lost_at = self.life.lost_at()
+            detected_s = round(max(lost_at) - since, 3) if lost_at else None
         return Strike(
             self.fault.kind,
             self.fault.rank,

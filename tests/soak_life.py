@@ -18,7 +18,7 @@ from pathlib import Path
 from launch.netlab import MASTER_PORT, Lab
 from launch.netns import INTERFACE, node_address
 from tests.soak_plan import Round
-from tests.soak_rank import FIRST, LOST_AT_NS, STARTED, STEP, Board, Place, live
+from tests.soak_rank import FIRST, LOST_AT_NS, MET, STARTED, STEP, Board, Place, live
 
 SLACK_S = 20.0
 """What a busy machine may add to the timeout, and the second for the last words, before a rank counts as hanging."""
@@ -26,7 +26,8 @@ STARTED_WITHIN_S = 120.0
 NAMESPACES = Path("/run/netns")
 POLL_S = 0.002
 LOST = re.compile(
-    r"the vote on .* did not get through among ranks \[[\d, ]+\]|rank \d+ of \d+ [\w ]+, after step \d+, waited in vain"
+    r"the vote on .* did not get through among ranks \[[\d, ]+\]|"
+    r"rank \d+ of \d+ [\w ]+,( after step \d+,)? waited in vain"
 )
 """A rank that has lost another says what it waited for."""
 
@@ -127,6 +128,11 @@ class Life:
         return [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
 
     @property
+    def has_met(self) -> bool:
+        """Whether all ranks are in the process group."""
+        return all(self.board.get(rank, MET) for rank in range(self.num_ranks))
+
+    @property
     def first_step(self) -> int | None:
         """The step that it went on from; None where not all ranks have come so far."""
         started = all(self.board.get(rank, STARTED) for rank in range(self.num_ranks))
@@ -145,12 +151,14 @@ class Life:
     def wait_until(self, step: int) -> bool:
         """Wait until all ranks have done so many steps; return whether they have, before any of them has ended.
 
+        Below 0 steps: until all are in the process group, and still prepare the first.
+
         Raises:
             TimeoutError: they still run, but no step has been done for long.
         """
         seen, until = -1, time.monotonic() + STARTED_WITHIN_S
         while len(self.running) == self.num_ranks:
-            if self.first_step is not None and self.done >= step:
+            if (self.has_met and step < 0) or (self.first_step is not None and self.done >= step):
                 return True
             if self.furthest > seen:
                 seen, until = self.furthest, time.monotonic() + STARTED_WITHIN_S

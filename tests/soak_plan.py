@@ -11,6 +11,7 @@ CUT, SLOW = "link down beyond the timeout", "link at 1 % for a while"
 WIRE, FLIP = "payload damaged on the wire", "flipped bit of a parameter"
 DAMAGE, TRUNCATE = "checkpoint file damaged", "checkpoint file cut short"
 KILL_WRITING = "kill -9 while a checkpoint is written"
+KILL_STARTING = "kill -9 before the first step"
 
 WEIGHTS = {
     KILL: 5,
@@ -24,6 +25,7 @@ WEIGHTS = {
     DAMAGE: 1,
     TRUNCATE: 1,
     KILL_WRITING: 2,
+    KILL_STARTING: 1,
 }
 """How often each kind is drawn, beside the others."""
 POISON = (NAN, INF)
@@ -91,5 +93,6 @@ def draw_round(seed: int, number: int, num_faults: int, num_ranks: int, *, links
         [kind] = draw.choices(list(weights), list(weights.values()))
         rank = 0 if kind == KILL_WRITING else draw.randrange(num_ranks)
         draws = (draw.random(), draw.random(), draw.random())
-        faults.append(Fault(kind, rank, step, draw.uniform(0, 0.05), draws))
+        delay_s = draw.uniform(0, 0.5 if kind == KILL_STARTING else 0.05)
+        faults.append(Fault(kind, rank, step, delay_s, draws))
     return Round(draw.randrange(2**31), last + LAST_STEPS, faults)

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import distsign.kernels.cpu  # noqa: F401 - loads the compiled kernels
 from distsign.collectives import Link
-from launch import checkpoint, train
-from launch.runtime import RankLostError
+from launch import checkpoint, runtime, train
+from launch.runtime import RankLostError, Ranks
 from launch.train import Trainer
 from tests.soak_plan import NAN, Fault
 
@@ -37,11 +37,12 @@ torch.set_num_threads(1)
 CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1
 
-STARTED, FIRST, STEP, LOST_AT_NS, WRITING, WRITE_NS, ORDER, PLANTED = range(8)
-"""A rank's columns of the board: 1 once it trains; the step that it went on from; steps done; when it raised that a
-rank is lost; 1 while it writes a checkpoint; how long the last one took; a fault that it shall plant; 1 once it has."""
-DRAWS = slice(8, 11)
-NUM_COLUMNS = 11
+MET, STARTED, FIRST, STEP, LOST_AT_NS, WRITING, WRITE_NS, ORDER, PLANTED = range(9)
+"""A rank's columns of the board: 1 once it has met the others; 1 once it trains; the step that it went on from; steps
+done; when it raised that a rank is lost; 1 while it writes a checkpoint; how long the last one took; a fault that it
+shall plant; 1 once it has."""
+DRAWS = slice(9, 12)
+NUM_COLUMNS = 12
 ORDER_FLIP, ORDER_WIRE = 1, 2
 _DRAW_UNIT = 2**53
 
@@ -120,7 +121,12 @@ def live(place: Place, argv: list[str], poison: Mapping[int, Fault]) -> NoReturn
 
 def _watch(board: Board, rank: int) -> None:
     """Write on the board how far this rank is."""
-    resume, train_step, run, write = Trainer._resume, Trainer._train_step, Trainer.run, checkpoint.write
+    resume, train_step, run = Trainer._resume, Trainer._train_step, Trainer.run
+    start, write = runtime.start, checkpoint.write
+
+    def watched_start(ranks: Ranks, device: torch.device, timeout_s: float) -> None:
+        start(ranks, device, timeout_s)
+        board.put(rank, MET, 1)
 
     def watched_resume(self: Trainer) -> None:
         resume(self)
@@ -150,6 +156,7 @@ def _watch(board: Board, rank: int) -> None:
     Trainer._train_step = watched_step  # type: ignore[method-assign]
     Trainer.run = watched_run  # type: ignore[method-assign]
     checkpoint.write = watched_write
+    train.start = watched_start  # type: ignore[attr-defined]
 
 
 def _plant(board: Board, rank: int, poison: Mapping[int, Fault]) -> None:

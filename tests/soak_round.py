@@ -14,7 +14,7 @@ from tests.distributed.checkpoint_jobs import paths
 from tests.distributed.losing import SMALL, VOTE
 from tests.soak_faults import Strike, strike
 from tests.soak_life import SLACK_S, Life
-from tests.soak_plan import Fault, Round
+from tests.soak_plan import KILL_STARTING, Fault, Round
 
 CHECKPOINT_EVERY = 4
 CHECK_REPLICAS = 3
@@ -84,6 +84,8 @@ class Run:
                 self.lives.num_lives += 1
                 is_over = self._live(life, before, queue, struck)
                 furthest = life.furthest
+                if life.first_step not in (before, None):
+                    self.lives.strays.append(f"went on from step {life.first_step}, expected {before}")
             if is_over:
                 self.lives.not_met = [fault.kind for fault in queue]
                 return self.lives
@@ -93,17 +95,16 @@ class Run:
 
     def _live(self, life: Life, before: int, queue: list[Fault], struck: Callable[[Strike], None]) -> bool:
         """Strike until the life ends, and return whether that was the end of the run."""
-        while queue:
-            fault = queue[0]
-            if not life.wait_until(max(fault.step, before)):
+        has_begun = False
+        while fault := _next(queue, has_begun):
+            is_early, has_begun = fault.kind == KILL_STARTING, True
+            if not life.wait_until(-1 if is_early else max(fault.step, before)):
                 break
-            if life.first_step != before:
-                self.lives.strays.append(f"went on from step {life.first_step}, expected {before}")
-                before = life.first_step or 0
             time.sleep(fault.delay_s)
             if len(life.running) < life.num_ranks:
                 break
-            found = strike(life, queue.pop(0), self.file, self.setting.timeout_s)
+            queue.remove(fault)
+            found = strike(life, fault, self.file, self.setting.timeout_s)
             self.lives.strikes.append(found)
             struck(found)
             if found.ends_life:
@@ -124,6 +125,12 @@ class Run:
             except (FileNotFoundError, checkpoint.UnusableError):
                 continue
         return 0
+
+
+def _next(queue: list[Fault], has_begun: bool) -> Fault | None:
+    """Return the fault to wait for; one that strikes before the first step can only be a life's first."""
+    possible = [fault for fault in queue if not (has_begun and fault.kind == KILL_STARTING)]
+    return possible[0] if possible else None
 
 
 def run_round(
