@@ -24,7 +24,7 @@ SLACK_S = 20.0
 """What a busy machine may add to the timeout, and the second for the last words, before a rank counts as hanging."""
 STARTED_WITHIN_S = 120.0
 NAMESPACES = Path("/run/netns")
-POLL_S = 0.002
+POLL_S = 0.01
 LOST = re.compile(
     r"the vote on .* did not get through among ranks \[[\d, ]+\]|"
     r"rank \d+ of \d+ [\w ]+,( after step \d+,)? waited in vain"
@@ -130,23 +130,22 @@ class Life:
     @property
     def has_met(self) -> bool:
         """Whether all ranks are in the process group."""
-        return all(self.board.get(rank, MET) for rank in range(self.num_ranks))
+        return all(self.board.column(MET))
 
     @property
     def first_step(self) -> int | None:
         """The step that it went on from; None where not all ranks have come so far."""
-        started = all(self.board.get(rank, STARTED) for rank in range(self.num_ranks))
-        return self.board.get(0, FIRST) if started else None
+        return self.board.get(0, FIRST) if all(self.board.column(STARTED)) else None
 
     @property
     def done(self) -> int:
         """Steps that all ranks have done."""
-        return min(self.board.get(rank, STEP) for rank in range(self.num_ranks))
+        return min(self.board.column(STEP))
 
     @property
     def furthest(self) -> int:
         """Steps that some rank has done."""
-        return max(self.board.get(rank, STEP) for rank in range(self.num_ranks))
+        return max(self.board.column(STEP))
 
     def wait_until(self, step: int) -> bool:
         """Wait until all ranks have done so many steps; return whether they have, before any of them has ended.
@@ -157,14 +156,14 @@ class Life:
             TimeoutError: they still run, but no step has been done for long.
         """
         seen, until = -1, time.monotonic() + STARTED_WITHIN_S
-        while len(self.running) == self.num_ranks:
+        sentinels = [process.sentinel for process in self.processes]
+        while not connection.wait(sentinels, POLL_S):
             if (self.has_met and step < 0) or (self.first_step is not None and self.done >= step):
                 return True
             if self.furthest > seen:
                 seen, until = self.furthest, time.monotonic() + STARTED_WITHIN_S
             if time.monotonic() > until:
                 raise TimeoutError(f"no step within {STARTED_WITHIN_S:g} s, after step {seen}")
-            time.sleep(POLL_S)
         return False
 
     def ends(self, within_s: float, but: Sequence[int] = ()) -> list[End]:
@@ -183,8 +182,7 @@ class Life:
 
     def lost_at(self) -> list[float]:
         """Return when ranks raised that another is lost, by the monotonic clock, in seconds."""
-        stamps = [self.board.get(rank, LOST_AT_NS) for rank in range(self.num_ranks)]
-        return [stamp / 1e9 for stamp in stamps if stamp]
+        return [stamp / 1e9 for stamp in self.board.column(LOST_AT_NS) if stamp]
 
 
 def trouble_of_loss(end: End) -> str | None:

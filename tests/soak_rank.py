@@ -52,10 +52,15 @@ class Board:
 
     def __init__(self, path: Path, num_ranks: int, *, new: bool = False) -> None:
         mode: Any = "w+" if new else "r+"
-        self.cells = np.memmap(path, np.int64, mode, shape=(num_ranks, NUM_COLUMNS))
+        self.cells = np.asarray(np.memmap(path, np.int64, mode, shape=(num_ranks, NUM_COLUMNS)))
 
     def get(self, rank: int, column: int) -> int:
         return int(self.cells[rank, column])
+
+    def column(self, column: int) -> list[int]:
+        """Return what all ranks have there."""
+        found: list[int] = self.cells[:, column].tolist()
+        return found
 
     def put(self, rank: int, column: int, value: int) -> None:
         self.cells[rank, column] = value
