@@ -30,7 +30,7 @@ from launch.netlab import Lab
 from launch.netns import LabUnavailable
 from launch.netrun import exit_on_signals
 from tests.soak_faults import RATE, Strike
-from tests.soak_life import warm_up
+from tests.soak_life import warm
 from tests.soak_plan import draw_round
 from tests.soak_report import report
 from tests.soak_round import Setting, run_round
@@ -114,8 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        with lab_or_not(options.ranks) as (lab, why):
-            warm_up()
+        with lab_or_not(options.ranks) as (lab, why), warm():
             lines = soak(options, Setting(options.ranks, options.timeout, lab))
     except KeyboardInterrupt:
         print(f"soak: interrupted; go on by the same command, results so far: {options.out}", file=sys.stderr)

@@ -9,9 +9,9 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -49,15 +49,24 @@ class End:
     words: str
 
 
-def warm_up() -> None:
-    """Start the process that ranks are forked from; it imports torch, which takes seconds."""
+@contextlib.contextmanager
+def warm() -> Iterator[None]:
+    """Keep the process that ranks are forked from; it imports torch, which takes seconds."""
+    before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # libgomp's threads would not survive the fork
-    _context.set_forkserver_preload(["tests.soak_rank"])
-    process = _context.Process(target=int)
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise RuntimeError("the process that ranks are forked from has not started")
+    _context.set_forkserver_preload(["tests.soak_rank", "tests.soak"])  # the main module is run in each rank
+    try:
+        process = _context.Process(target=int)
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            raise RuntimeError("the process that ranks are forked from has not started")
+        yield
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+        forkserver._forkserver._stop()  # type: ignore[attr-defined] # it would end after us, in its own time
 
 
 class Life:
