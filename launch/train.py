@@ -34,8 +34,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from distsign import ReplicaCheck, ReplicaError, reshard
+from distsign import ReplicaCheck, ReplicaError, VoteError, reshard
 from distsign.kernels import kernels_for
+from distsign.wire import PayloadError
 from launch import check, checkpoint
 from launch.data import DataError
 from launch.hooks import SIGN_VOTE, Combiner, SignVote, Traffic, bucket_cap_mb, register_hook
@@ -386,6 +387,10 @@ def main(argv: list[str] | None = None) -> None:
         exit_with(str(error))
     except ReplicaError as error:
         exit_with(str(error), code=1)
+    except VoteError as error:
+        if not isinstance(error.__cause__, PayloadError):
+            raise
+        exit_with(str(error), code=1)  # a rank or a link is at fault, and the words say which
     except RankLostError as error:
         # Each rank for itself: nobody knows who is left.
         print(f"launch.train: error: {error}", file=sys.stderr, flush=True)

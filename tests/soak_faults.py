@@ -152,7 +152,7 @@ class Striker:
         ends = self.life.ends(self.within_s)
         flipped = re.search(r"soak: flipped bit \d+ of (\S+)\[", self.life.words(self.fault.rank))
         name = re.escape(flipped[1]) if flipped else "nothing was flipped"
-        wanted = rf"error: the replicas differ.*parameter '{name}' on rank {self.fault.rank}\b"
+        wanted = rf"the replicas differ.*parameter '{name}' on rank {self.fault.rank}\b"
         return self._result([trouble_of_words(end, wanted) for end in ends])
 
     def _damage_wire(self) -> Strike:

@@ -54,7 +54,9 @@ def warm() -> Iterator[None]:
     """Keep the process that ranks are forked from; it imports torch, which takes seconds."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # libgomp's threads would not survive the fork
-    _context.set_forkserver_preload(["tests.soak_rank", "tests.soak"])  # the main module is run in each rank
+    _context.set_forkserver_preload(
+        ["tests.soak_rank", "tests.soak_round"]
+    )  # the second: each rank runs the main module
     try:
         process = _context.Process(target=int)
         process.start()
@@ -208,7 +210,8 @@ def trouble_of_words(end: End, wanted: str) -> str | None:
     """Return what was wrong with the end of a rank that had to say something; None where it has."""
     if end.code is None:
         return f"rank {end.rank} hangs"
-    if end.code == 1 and re.search(wanted, end.words):
+    said = re.search(rf"^launch\.train: error: .*{wanted}", end.words, re.MULTILINE)
+    if end.code == 1 and said and "Traceback" not in end.words:
         return None
     return f"rank {end.rank} ended with {end.code}, without {wanted!r}: {end.words[-2000:]}"
 

@@ -92,7 +92,7 @@ def test_a_hang_is_seen_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run = Run(LOCAL, plan, tmp_path / "run")
     argv = run.argv()
     monkeypatch.setattr(run, "argv", lambda: [*argv, "--timeout", "60"])
-    lives = run.go(plan.faults)
+    lives = run.go(plan.faults)  # each within a second of the timeout
     [found] = lives.strikes
     assert found.hangs and found.why == "rank 1 hangs; rank 2 hangs"
     assert lives.num_lives == 2 and lives.strays == []
@@ -155,10 +155,12 @@ def test_how_a_survivor_must_end(code: int | None, words: str, is_well: bool) ->
 
 
 def test_what_a_survivor_must_say() -> None:
-    assert trouble_of_words(End(1, 1, "it was rank 2 who"), r"rank 2\b") is None
-    assert trouble_of_words(End(1, 1, "it was rank 21"), r"rank 2\b") is not None
-    assert trouble_of_words(End(1, 0, "rank 2"), "rank 2") is not None
-    assert trouble_of_words(End(1, None, "rank 2"), "rank 2") == "rank 1 hangs"
+    said = "launch.train: error: it was rank 2"
+    assert trouble_of_words(End(1, 1, f"a bar\n{said} who\n"), r"rank 2\b") is None
+    assert trouble_of_words(End(1, 1, f"{said}1"), r"rank 2\b") is not None
+    assert trouble_of_words(End(1, 1, f"Traceback\n{said}"), "rank 2") is not None
+    assert trouble_of_words(End(1, 0, said), "rank 2") is not None
+    assert trouble_of_words(End(1, None, said), "rank 2") == "rank 1 hangs"
 
 
 def test_a_report_hides_nothing() -> None:
