@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -31,49 +31,69 @@ from launch.netns import LabUnavailable
 from launch.netrun import exit_on_signals
 from tests.soak_faults import RATE, Strike
 from tests.soak_life import warm
-from tests.soak_plan import draw_round
+from tests.soak_plan import Round, draw_round
 from tests.soak_report import report
 from tests.soak_round import Setting, run_round
 
 FAULTS_PER_ROUND = 20
+FILE = "rounds.jsonl"
 
 
-def soak(options: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
+def soak(options: argparse.Namespace, setting: Setting) -> None:
     """Run the rounds that are missing, until there are as many faults as wanted or the time is up."""
-    file = options.out / "rounds.jsonl"
-    lines = [line for line in read_lines(file) if line["soak_seed"] == options.seed]
+    lines = rounds_of(options)
     done = {line["round"] for line in lines}
     until = time.monotonic() + options.minutes * 60
-    count = sum(len(line.get("faults", [])) for line in lines)
+    count = sum(map(num_faults, lines))
     with tqdm(total=options.faults, initial=count, unit="fault", mininterval=1.0) as bar:
-
-        def struck(found: Strike) -> None:
-            bar.update()
-            if found.why is not None:
-                tqdm.write(f"soak: {found.kind} on rank {found.rank} after step {found.step}: {found.why}", sys.stderr)
-
         for number in itertools.count():
             if count >= options.faults or time.monotonic() > until:
-                return lines
+                return
             if number in done:
                 continue
             left = min(FAULTS_PER_ROUND, options.faults - count)
             plan = draw_round(options.seed, number, left, setting.num_ranks, links=setting.lab is not None)
-            folder = options.out / f"round-{number:04}"
-            shutil.rmtree(folder, ignore_errors=True)
-            place = {"soak_seed": options.seed, "round": number}
-            try:
-                line = {**place, **run_round(setting, plan, folder, struck)}
-            except (RuntimeError, TimeoutError) as error:
-                line = {**place, "given_up": str(error)}
-                tqdm.write(f"soak: round {number} was given up: {error}", sys.stderr)
-            with file.open("a") as out:
+            line = {
+                "soak_seed": options.seed,
+                "round": number,
+                "drawn": left,
+                **one_round(options, setting, plan, number, bar),
+            }
+            with (options.out / FILE).open("a") as out:
                 out.write(json.dumps(line) + "\n")
-            lines.append(line)
-            count += len(line.get("faults", [left]))
-            if is_good(line):
-                shutil.rmtree(folder)
-    raise AssertionError("unreachable")
+            count += num_faults(line)
+
+
+def one_round(
+    options: argparse.Namespace, setting: Setting, plan: Round, number: int, bar: tqdm[NoReturn]
+) -> dict[str, Any]:
+    """Run a round; its files are kept where something went otherwise than it must."""
+    folder = options.out / f"round-{number:04}"
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def struck(found: Strike) -> None:
+        bar.update()
+        if found.why is not None:
+            tqdm.write(f"soak: {found.kind} on rank {found.rank} after step {found.step}: {found.why}", sys.stderr)
+
+    try:
+        line = run_round(setting, plan, folder, struck)
+    except (RuntimeError, TimeoutError) as error:
+        tqdm.write(f"soak: round {number} was given up: {error}", sys.stderr)
+        return {"given_up": str(error)}
+    if is_good(line):
+        shutil.rmtree(folder)
+    return line
+
+
+def rounds_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the lines of the rounds that have been run with this seed."""
+    return [line for line in read_lines(options.out / FILE) if line["soak_seed"] == options.seed]
+
+
+def num_faults(line: dict[str, Any]) -> int:
+    """Return how many faults a round stands for."""
+    return int(line["drawn"]) if "given_up" in line else len(line["faults"])
 
 
 def is_good(line: dict[str, Any]) -> bool:
@@ -113,15 +133,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 0 if every fault was survived and every end state was that of a run without."""
     options = parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
+    is_interrupted, why = False, ""
     try:
         with lab_or_not(options.ranks) as (lab, why), warm():
-            lines = soak(options, Setting(options.ranks, options.timeout, lab))
+            soak(options, Setting(options.ranks, options.timeout, lab))
     except KeyboardInterrupt:
-        print(f"soak: interrupted; go on by the same command, results so far: {options.out}", file=sys.stderr)
-        return 130
+        is_interrupted = True
+    lines = rounds_of(options)
     text = report(lines, options.timeout, why, describe_machine())
     (options.out / "report.txt").write_text(text)
     print(text, end="")
+    if is_interrupted:
+        print("soak: interrupted; the same command goes on after the rounds above", file=sys.stderr)
+        return 130
     return 0 if all(is_good(line) for line in lines) else 1
 
 

@@ -45,7 +45,7 @@ def report(lines: Sequence[dict[str, Any]], timeout_s: float, no_lab: str, machi
     text.append(f"faults for which the run was over too soon: {sum(len(line['not_met']) for line in rounds)}")
     given_up = [line["given_up"] for line in lines if "given_up" in line]
     text.append(f"rounds given up: {len(given_up)}" + "".join(f"\n  {each}" for each in given_up))
-    if not all(line["has_trained"] for line in rounds):
+    if faults and not all(line["has_trained"] for line in rounds):
         text.append("warning: in some rounds no parameter moved, so that they show little")
     text += _troubles(rounds)
     if no_lab:

@@ -17,7 +17,7 @@ import torch
 
 from launch import checkpoint
 from launch.netlab import Lab
-from tests import soak_faults, soak_plan, soak_round
+from tests import soak, soak_faults, soak_plan, soak_round
 from tests.soak_faults import RATE, Strike
 from tests.soak_life import End, trouble_of_loss, trouble_of_words, warm
 from tests.soak_plan import Fault, Round, draw_round
@@ -89,10 +89,10 @@ def test_a_hang_is_seen_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The ranks would wait for a minute."""
     monkeypatch.setattr(soak_faults, "SLACK_S", 1.0)
     plan = plan_of(soak_plan.FREEZE)
-    run = Run(LOCAL, plan, tmp_path / "run")
+    run = Run(Setting(3, 1.0, None), plan, tmp_path / "run")
     argv = run.argv()
     monkeypatch.setattr(run, "argv", lambda: [*argv, "--timeout", "60"])
-    lives = run.go(plan.faults)  # each within a second of the timeout
+    lives = run.go(plan.faults)
     [found] = lives.strikes
     assert found.hangs and found.why == "rank 1 hangs; rank 2 hangs"
     assert lives.num_lives == 2 and lives.strays == []
@@ -101,25 +101,55 @@ def test_a_hang_is_seen_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @needs_lab
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.soak", "--faults", "5", "--out", str(tmp_path)]
-    soak = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    running = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         until = time.monotonic() + 100
         while not list(tmp_path.glob("round-0000/*/life-0-rank-2.txt")) and time.monotonic() < until:
-            assert soak.poll() is None, soak.communicate()
+            assert running.poll() is None, running.communicate()
             time.sleep(0.1)
-        left = [name for name in all_namespaces() if f"-{soak.pid}-" in name]
+        left = [name for name in all_namespaces() if f"-{running.pid}-" in name]
         assert left
-        os.killpg(soak.pid, signal.SIGINT)
-        _, words = soak.communicate(timeout=60)  # to the end of all that hold the pipe, ranks too
+        os.killpg(running.pid, signal.SIGINT)
+        _, words = running.communicate(timeout=60)  # to the end of all that hold the pipe, ranks too
     finally:
-        os.killpg(soak.pid, signal.SIGKILL) if soak.poll() is None else None
-    assert soak.returncode == 130, words
-    assert "Traceback" not in words and "go on by the same command" in words
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+    assert running.returncode == 130, words
+    assert "Traceback" not in words and "the same command goes on" in words
     assert not set(left) & set(all_namespaces())
 
 
 def all_namespaces() -> list[str]:
     return namespaces("distsign-soak")
+
+
+def test_a_soak_goes_on_after_the_rounds_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+
+    def run_quickly(setting: Setting, plan: Round, folder: Path, struck: Any) -> dict[str, Any]:
+        folder.mkdir()
+        seeds.append(plan.seed)
+        if len(seeds) == 2:
+            raise RuntimeError("no step")
+        if len(seeds) == 3:
+            raise KeyboardInterrupt
+        return {"faults": [Strike(fault.kind, 0, 0).as_line() for fault in plan.faults], "equal": True, "strays": []}
+
+    monkeypatch.setattr(soak, "run_round", run_quickly)
+    options = soak.parse(["--faults", "70", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        soak.soak(options, LOCAL)
+    soak.soak(options, LOCAL)
+    lines = soak.rounds_of(options)
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    assert [soak.num_faults(line) for line in lines] == [20, 20, 20, 10]
+    assert seeds == [draw_round(0, number, 20, 3, links=False).seed for number in (0, 1, 2, 2)] + seeds[4:]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["round-0001"], "what went wrong is kept"
+    options.minutes, options.faults = 0, 1000
+    soak.soak(options, LOCAL)
+    assert len(soak.rounds_of(options)) == 4
 
 
 def test_a_schedule_is_a_matter_of_its_seed() -> None:
