@@ -67,7 +67,8 @@ class Run:
 
     def argv(self) -> list[str]:
         """Return the options of `launch.train`."""
-        ends = ["--owner-carry", "standing", "--checksum", "--lr", "0.02", "--eval-every", "50"]
+        # With momentum the optimizer has a state of its own to lose, and both ends of the vote have carries.
+        ends = ["--momentum", "0.9", "--owner-carry", "standing", "--checksum", "--lr", "0.02", "--eval-every", "50"]
         steps = ["--steps", str(self.plan.num_steps), "--seed", str(self.plan.seed)]
         watch = ["--timeout", str(self.setting.timeout_s), "--check-replicas", str(CHECK_REPLICAS)]
         kept = ["--checkpoint", str(self.file), "--checkpoint-every", str(CHECKPOINT_EVERY), "--resume", "if-there"]

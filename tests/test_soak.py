@@ -58,6 +58,10 @@ def test_a_few_faults_and_the_same_end(tmp_path: Path) -> None:
     line = run_round(LOCAL, plan, tmp_path)
     assert_survived(line, plan)
     assert line["lives"] == 6 and line["steps_lost"] > 0
+    kept = checkpoint.read(str(tmp_path / "faulty" / "run.pt"))
+    own = kept["ranks"][1]["hook"]
+    assert all(kept["shared"]["optimizer"]["state"].values()) and own["voter"] and own["owner"], "nothing to lose"
+    assert all("momentum_buffer" in each for each in kept["shared"]["optimizer"]["state"].values())
 
 
 @needs_lab
