@@ -11,7 +11,7 @@ ARGS ?=
 PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 
-.PHONY: help setup demo test fuzz bench lint types format clean
+.PHONY: help setup demo test fuzz soak bench lint types format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,9 @@ test: $(STAMP) ## run the tests and the doctests
 
 fuzz: $(STAMP) ## a million payloads that nobody wrote, held to a slow oracle (ARGS="--seed 1"; about 20 minutes)
 	@$(PY) -m tests.fuzz $(ARGS)
+
+soak: $(STAMP) ## 1,000 faults in the lab, and the end state of runs without them (root for the links; about an hour)
+	@$(PY) -m tests.soak $(ARGS)
 
 bench: $(STAMP) ## measure codec, exchange, step and scaling beside their rivals (root for the lab, about 20 minutes)
 	@for name in codec exchange step scaling cuda; do $(PY) -m benchmarks.$$name $(ARGS) || exit 1; done

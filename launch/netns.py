@@ -273,9 +273,13 @@ class Network:
         """Return what each node's interface has sent and received so far, by node."""
         return [self._read_counters(name) for name in self._nodes]
 
+    def namespace(self, node: int) -> str:
+        """Return the name of a node's network namespace, as `ip netns` knows it."""
+        return self._nodes[self._check(node)]
+
     def command(self, node: int, argv: Sequence[str]) -> list[str]:
         """Return the command line that runs `argv` in a node's namespace (under the same process id)."""
-        return [_find("ip"), "netns", "exec", self._nodes[self._check(node)], *argv]
+        return [_find("ip"), "netns", "exec", self.namespace(node), *argv]
 
     def pids(self) -> list[int]:
         """Return the ids of all processes inside the namespaces."""

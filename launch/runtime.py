@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -31,6 +33,19 @@ def is_of_a_lost_rank(error: RuntimeError) -> bool:
     """Return whether torch, or the hook, raised this because another rank did not answer."""
     causes = error, error.__cause__
     return any(isinstance(each, (LinkError, dist.DistError)) for each in causes) or any(w in str(error) for w in _LOST)
+
+
+@contextlib.contextmanager
+def starting(ranks: Ranks) -> Iterator[None]:
+    """Say it in our words where a rank is lost before the first step: the vote and `Trainer.run` do so afterwards."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_a_lost_rank(error):
+            raise
+        raise RankLostError(
+            f"rank {ranks.rank} of {ranks.world_size} starting, waited in vain for another rank: {error}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -115,9 +130,10 @@ def start(ranks: Ranks, device: torch.device, timeout_s: float) -> None:
         store, rank, world_size = next(rendezvous("env://", timeout=ARRIVAL))
         store = meet(store, rank, world_size)
         timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
-        )
+        with starting(ranks):
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+            )
 
 
 def meet(store: Store, rank: int, world_size: int, within: timedelta = ARRIVAL) -> Store:

@@ -34,14 +34,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from distsign import ReplicaCheck, ReplicaError, reshard
+from distsign import ReplicaCheck, ReplicaError, VoteError, reshard
 from distsign.kernels import kernels_for
+from distsign.wire import PayloadError
 from launch import check, checkpoint
 from launch.data import DataError
 from launch.hooks import SIGN_VOTE, Combiner, SignVote, Traffic, bucket_cap_mb, register_hook
 from launch.metrics import MetricsFile, describe_machine
 from launch.options import TrainOptions, UsageError, as_typed, exit_with, parse_options
-from launch.runtime import RankLostError, Ranks, agree, choose_device, is_of_a_lost_rank, start
+from launch.runtime import RankLostError, Ranks, agree, choose_device, is_of_a_lost_rank, start, starting
 from launch.schemes import make_optimizer
 from launch.tasks import TASKS, Shard, Task
 
@@ -377,7 +378,8 @@ def main(argv: list[str] | None = None) -> None:
         if dataset is not None and ranks.local_rank == 0:
             dataset.fetch(options.data, say=lambda text: print(f"launch.train: {text}", file=sys.stderr, flush=True))
         start(ranks, device, options.timeout)
-        trainer = Trainer(options, ranks, device)
+        with starting(ranks):
+            trainer = Trainer(options, ranks, device)
         trainer.run()
         trainer.close()
         dist.destroy_process_group()
@@ -385,6 +387,10 @@ def main(argv: list[str] | None = None) -> None:
         exit_with(str(error))
     except ReplicaError as error:
         exit_with(str(error), code=1)
+    except VoteError as error:
+        if not isinstance(error.__cause__, PayloadError):
+            raise
+        exit_with(str(error), code=1)  # a rank or a link is at fault, and the words say which
     except RankLostError as error:
         # Each rank for itself: nobody knows who is left.
         print(f"launch.train: error: {error}", file=sys.stderr, flush=True)

@@ -36,9 +36,9 @@ REASON = why_not()
 needs_lab = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 
-def namespaces() -> list[str]:
+def namespaces(prefix: str = PREFIX) -> list[str]:
     listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout
-    return [line.split()[0] for line in listed.splitlines() if line.startswith(PREFIX)]
+    return [line.split()[0] for line in listed.splitlines() if line.startswith(prefix)]
 
 
 def is_running(pid: int) -> bool:
