@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -167,6 +168,8 @@ class Striker:
     def _damage_file(self) -> Strike:
         """All ranks are killed and the file is damaged: what must come of it is seen at the next start."""
         self.life.kill()
+        if not self.file.exists():  # killed between two renames: there is the previous one alone, which must stay good
+            shutil.copyfile(checkpoint.previous_of(str(self.file)), self.file)
         data = bytearray(self.file.read_bytes())
         at = int(self.fault.draws[0] * len(data))
         if self.fault.kind == kinds.TRUNCATE:
