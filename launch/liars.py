@@ -27,7 +27,7 @@ from distsign.traffic import ring_all_reduce_bytes, step_bytes
 from launch.check import FLAG
 from launch.data import DataError
 from launch.metrics import MetricsFile, describe_machine
-from launch.options import UsageError, exit_with
+from launch.options import UsageError
 from launch.schemes import make_confidence
 from launch.tasks import TASKS, Batch, Shard
 
@@ -215,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError("all workers are in one process: start one rank, and say how many workers by --workers")
         done = run(options)
     except (UsageError, DataError) as error:
-        exit_with(str(error), prog="launch.liars")
+        print(f"launch.liars: error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(json.dumps(done))
 
 
