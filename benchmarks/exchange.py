@@ -24,7 +24,8 @@ from distsign.exchange import VoteExchange
 from distsign.kernels import kernels_for
 from distsign.layout import Layout, Shape
 from distsign.owner import make_owner
-from distsign.payload import density_for, forms
+from distsign.payload import forms
+from distsign.sizes import density_for
 from distsign.traffic import ring_all_reduce_bytes
 from distsign.voter import rotating_starts
 

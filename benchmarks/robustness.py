@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from benchmarks.common import Column, Report, Row, parser
 from distsign.robustness import ATTACKS, RULES
 from launch import liars
+from launch.metrics import read_lines
 
 NUM_WORKERS = 8
 RMS = ("--confidence", "rms:k=8,warmup_steps=50", "--lr", "0.016")
@@ -67,10 +69,9 @@ def options_of(cell: Cell, num_steps: int, batch_size: int) -> argparse.Namespac
 def read(path: Path, num_steps: int, batch_size: int) -> dict[Cell, Row]:
     """Return the cells that are there already, of the same setting."""
     found = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
+    for row in read_lines(path):
         cell = Cell(row["attack"], row["num_liars"], row["defence"])
-        if row.pop("options") == vars(options_of(cell, num_steps, batch_size)):
+        if row.get("options") == vars(options_of(cell, num_steps, batch_size)):
             found[cell] = row
     return found
 
@@ -80,45 +81,39 @@ def tables(report: Report, found: Mapping[Cell, Row]) -> None:
     columns = [Column("attack", "attack"), *(Column(name, name, ".1f") for name in DEFENCES)]
     for num_liars in sorted({cell.num_liars for cell in found}):
         rows = []
+        mine = {cell: row for cell, row in found.items() if cell.num_liars == num_liars}
         for attack in ATTACKS:
-            values = {d: found.get(Cell(attack, num_liars, d)) for d in DEFENCES}
-            if any(values.values()):
-                rows.append({"attack": attack, **{d: 100 * v["test_accuracy"] for d, v in values.items() if v}})
-        report.table(f"test accuracy (%), {num_liars} liars of {NUM_WORKERS}", columns, rows)
-    ended = {(c.attack, row["ended_early"].split(":")[0]) for c, row in found.items() if row["ended_early"]}
-    densities = [row["ballot_density"] for c, row in found.items() if c.num_liars == 0 and c.defence == "guarded"]
-    notes = [f"{attack} ended a run: {error}" for attack, error in sorted(ended)]
-    notes += [f"honest workers of guarded voted on {100 * density:.1f} % of the components" for density in densities]
-    if notes:
-        print("\n".join(notes), flush=True)
+            of_attack = {cell.defence: row for cell, row in mine.items() if cell.attack == attack}
+            if of_attack:
+                rows.append({"attack": attack, **{d: 100 * row["test_accuracy"] for d, row in of_attack.items()}})
+        early = {(cell.attack, row["ended_early"].split(":")[0]) for cell, row in mine.items() if row["ended_early"]}
+        note = "\n".join(f"{attack} ended a run: {error}" for attack, error in sorted(early))
+        report.table(f"test accuracy (%), {num_liars} liars of {NUM_WORKERS}", columns, rows, note)
 
 
-def main() -> None:
-    """Run what is missing, and print the tables."""
-    options_parser = parser("robustness", __doc__)
-    options_parser.add_argument("--minutes", type=float, default=math.inf, help="no new cell after so long")
-    options_parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS, help="only these")
-    options_parser.add_argument("--steps", type=int, default=300, help="of each training")
-    run(options_parser.parse_args())
-
-
-def run(options: argparse.Namespace) -> None:
-    """See `main`."""
+def main(argv: list[str] | None = None) -> int:
+    """Run what is missing, and print the tables; return the command line's exit code."""
+    arguments = parser("robustness", __doc__)
+    arguments.add_argument("--minutes", type=float, default=math.inf, help="no new training after so long")
+    arguments.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS, help="only these")
+    arguments.add_argument("--steps", type=int, default=300, help="of each training")
+    options = arguments.parse_args(argv)
     num_steps, batch_size = (3, 4) if options.quick else (options.steps, 16)
     report = Report("robustness", options)
-    log = Path(options.out) / "robustness.jsonl"
+    log = report.path.with_suffix(".jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
     found, until = read(log, num_steps, batch_size), time.monotonic() + 60 * options.minutes
     for cell in tqdm([each for each in cells(options.attacks) if each not in found], unit="run"):
         if time.monotonic() > until:
             break
-        options_of_cell = options_of(cell, num_steps, batch_size)
-        found[cell] = {**asdict(cell), **liars.run(options_of_cell)}
+        wanted = options_of(cell, num_steps, batch_size)
+        found[cell] = {**asdict(cell), **liars.run(wanted), "options": vars(wanted)}
         with log.open("a") as file:
-            file.write(json.dumps({**found[cell], "options": vars(options_of_cell)}) + "\n")
+            file.write(json.dumps(found[cell]) + "\n")
     tables(report, found)
     report.write()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

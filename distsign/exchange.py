@@ -19,7 +19,8 @@ from distsign.collectives import Link
 from distsign.kernels import Kernels
 from distsign.layout import IntArray
 from distsign.owner import Owner
-from distsign.payload import Form, caps_at
+from distsign.payload import Form
+from distsign.sizes import caps_at
 from distsign.traffic import ExchangeBytes
 from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Header, PayloadError
 

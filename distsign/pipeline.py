@@ -26,9 +26,9 @@ from distsign.kernels import kernels_for
 from distsign.layout import IntArray, Shape
 from distsign.options import VoteOptions
 from distsign.owner import Owner, Piece, make_owner
-from distsign.payload import caps_at, density_for
 from distsign.plan import COALESCE_BYTES, Column, Part, Plan, fills_group, part_of
 from distsign.registry import ParameterRegistry, VoteError
+from distsign.sizes import caps_at, density_for
 from distsign.statistics import VoteCounts
 from distsign.steering import DensityLadder, Steering
 from distsign.voter import Voter, rotating_starts

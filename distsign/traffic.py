@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from distsign.layout import IntArray, Shape
-from distsign.payload import payload_sizes
 from distsign.plan import Part, part_of
+from distsign.sizes import payload_sizes
 
 __all__ = [
     "ExchangeBytes",

@@ -7,6 +7,7 @@ Workers vote, or a rule combines their gradients; see `distsign.robustness` and 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from launch.data import DataError
 from launch.metrics import MetricsFile, describe_machine
 from launch.options import UsageError
 from launch.schemes import make_confidence
-from launch.tasks import TASKS, Batch, Shard
+from launch.tasks import TASKS, Batch, Shard, Task
 
 VOTE = "vote"
 OWNER_CARRIES: dict[str, bool | str | None] = {"auto": None, "no": False, "plain": True, "standing": "standing"}
@@ -89,7 +90,7 @@ class Run:
         if (options.attack == "none") != (options.liars == 0):
             raise UsageError(f"--attack {options.attack} and --liars {options.liars} do not fit: give both or neither")
         torch.manual_seed(options.seed)
-        self.task = TASKS[options.task].make(options.data, options.width)
+        self.task = _task(options.task, options.data, options.width)
         self.model = self.task.build_model()
         try:
             self.combiner, self.optimizer = self._defence()
@@ -155,9 +156,18 @@ class Run:
         return float(found.sent_bytes), float(found.received_bytes)
 
 
+@functools.cache
+def _task(name: str, data: str | None, width: int) -> Task:
+    """Make a task, once: a study asks of many cells, and a table is made of many runs."""
+    return TASKS[name].make(data, width)
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Train and test once; write metrics; return the last line of them."""
     torch.set_num_threads(1)
+    dataset = TASKS[options.task].dataset
+    if dataset is not None:
+        dataset.fetch(options.data, say=lambda text: print(f"launch.liars: {text}", file=sys.stderr, flush=True))
     this = Run(options)
     metrics, task, num_steps = MetricsFile(options.metrics), this.task, options.steps
     num_parameters = sum(p.numel() for p in this.model.parameters())

@@ -7,7 +7,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -33,19 +33,6 @@ def is_of_a_lost_rank(error: RuntimeError) -> bool:
     """Return whether torch, or the hook, raised this because another rank did not answer."""
     causes = error, error.__cause__
     return any(isinstance(each, (LinkError, dist.DistError)) for each in causes) or any(w in str(error) for w in _LOST)
-
-
-@contextlib.contextmanager
-def starting(ranks: Ranks) -> Iterator[None]:
-    """Say it in our words where a rank is lost before the first step: the vote and `Trainer.run` do so afterwards."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_of_a_lost_rank(error):
-            raise
-        raise RankLostError(
-            f"rank {ranks.rank} of {ranks.world_size} starting, waited in vain for another rank: {error}"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -89,6 +76,27 @@ class Ranks:
         return self.rank == 0
 
 
+@contextlib.contextmanager
+def watch(ranks: Ranks, doing: Callable[[], str] = lambda: "starting") -> Iterator[None]:
+    """Say it in our words where another rank is lost meanwhile.
+
+    Args:
+        ranks: this process's place.
+        doing: what this rank was at, asked when it is to be said.
+
+    Raises:
+        RankLostError: in place of torch's error, or of the vote's.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_a_lost_rank(error):
+            raise
+        raise RankLostError(
+            f"rank {ranks.rank} of {ranks.world_size} {doing()}, waited in vain for another rank: {error}"
+        ) from error
+
+
 def choose_device(wanted: str, ranks: Ranks) -> torch.device:
     """Return this rank's device: a GPU of its own, or the CPU.
 
@@ -130,7 +138,7 @@ def start(ranks: Ranks, device: torch.device, timeout_s: float) -> None:
         store, rank, world_size = next(rendezvous("env://", timeout=ARRIVAL))
         store = meet(store, rank, world_size)
         timeout = timedelta(seconds=timeout_s)
-        with starting(ranks):
+        with watch(ranks):
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
             )

@@ -42,7 +42,7 @@ from launch.data import DataError
 from launch.hooks import SIGN_VOTE, Combiner, SignVote, Traffic, bucket_cap_mb, register_hook
 from launch.metrics import MetricsFile, describe_machine
 from launch.options import TrainOptions, UsageError, as_typed, exit_with, parse_options
-from launch.runtime import RankLostError, Ranks, agree, choose_device, is_of_a_lost_rank, start, starting
+from launch.runtime import RankLostError, Ranks, agree, choose_device, start, watch
 from launch.schemes import make_optimizer
 from launch.tasks import TASKS, Shard, Task
 
@@ -118,15 +118,8 @@ class Trainer:
         Raises:
             RankLostError: another rank has ended or hangs, or a link to it; within `--timeout`.
         """
-        try:
+        with watch(self.ranks, lambda: f"{self._doing}, after step {self.progress.step}"):
             self._run()
-        except RuntimeError as error:
-            if not is_of_a_lost_rank(error):
-                raise
-            raise RankLostError(
-                f"rank {self.ranks.rank} of {self.ranks.world_size} {self._doing}, after step {self.progress.step}, "
-                f"waited in vain for another rank: {error}"
-            ) from error
 
     def _run(self) -> None:
         self._compile_kernels()
@@ -378,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
         if dataset is not None and ranks.local_rank == 0:
             dataset.fetch(options.data, say=lambda text: print(f"launch.train: {text}", file=sys.stderr, flush=True))
         start(ranks, device, options.timeout)
-        with starting(ranks):
+        with watch(ranks):
             trainer = Trainer(options, ranks, device)
         trainer.run()
         trainer.close()

@@ -16,6 +16,7 @@ LAYERS: list[set[str]] = [
     {"confidence", "wire", "vote", "agreement", "nest", "registry", "optim_reference", "digest", "checkpoint_files"},
     {"kernels"},
     {"ballots", "layout"},
+    {"sizes"},
     {"payload", "voter", "steering"},
     {"owner", "plan", "resharding", "admission"},
     {"traffic"},

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 from torch._C._distributed_c10d import HashStore, Store
 
-from launch.runtime import RankLostError, Ranks, meet, starting
+from launch.runtime import RankLostError, Ranks, meet, watch
 
 WITHIN = timedelta(seconds=20)
 
@@ -63,7 +63,7 @@ def test_a_rank_lost_before_the_first_step_is_said_in_our_words() -> None:
     """Making the process group and the model takes collectives too."""
     ranks = Ranks(1, 3, 0, 1)
     words = r"^rank 1 of 3 starting, waited in vain for another rank: Connection closed by peer$"
-    with pytest.raises(RankLostError, match=words), starting(ranks):
+    with pytest.raises(RankLostError, match=words), watch(ranks):
         raise RuntimeError("Connection closed by peer")
-    with pytest.raises(RuntimeError, match="^another trouble$"), starting(ranks):
+    with pytest.raises(RuntimeError, match="^another trouble$"), watch(ranks):
         raise RuntimeError("another trouble")

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as power_sgd
 
 from distsign.layout import Layout, Shape, shard_table, shards
-from distsign.payload import forms, payload_sizes
+from distsign.payload import forms
 from distsign.plan import Part, Plan, exchange_groups
+from distsign.sizes import payload_sizes
 from distsign.statistics import VoteCounts
 from distsign.traffic import (
     ExchangeBytes,

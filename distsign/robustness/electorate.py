@@ -17,9 +17,10 @@ from distsign.kernels import kernels_for
 from distsign.layout import IntArray, Shape
 from distsign.options import VoteOptions
 from distsign.owner import make_owner
-from distsign.payload import Form, caps_at, density_for
+from distsign.payload import Form
 from distsign.plan import COALESCE_BYTES, Column, Part, Plan
 from distsign.robustness.attacks import Attack, View
+from distsign.sizes import caps_at, density_for
 from distsign.steering import Steering
 from distsign.vote import require_margin
 from distsign.voter import Voter, rotating_starts

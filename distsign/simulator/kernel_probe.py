@@ -13,9 +13,10 @@ from distsign.kernels import kernels_for
 from distsign.layout import Layout, Shape
 from distsign.optim import SignAdamPP
 from distsign.owner import make_owner
-from distsign.payload import density_for, forms
+from distsign.payload import forms
 from distsign.plan import COALESCE_BYTES
 from distsign.simulator.profile import FEW_TENSORS
+from distsign.sizes import density_for
 from distsign.voter import Voter, rotating_starts
 
 __all__ = ["BITS", "MANY_TENSORS", "POWER_RANKS", "Probe", "probes"]

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from distsign.layout import IntArray, Shape
-from distsign.payload import density_for
 from distsign.plan import COALESCE_BYTES, Part, exchange_groups, part_of
 from distsign.simulator.cluster import Cluster
 from distsign.simulator.models import Bucket, Model
 from distsign.simulator.profile import FEW_TENSORS
 from distsign.simulator.units import nearest
+from distsign.sizes import density_for
 from distsign.traffic import (
     ExchangeBytes,
     GroupMessages,
