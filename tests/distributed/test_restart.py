@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -48,10 +49,23 @@ def wait_past(checkpoint: Path, step: int, running: Launch) -> int:
     return found
 
 
-def ranks_of(running: Launch) -> list[int]:
+def ranks_of(running: Launch) -> set[int]:
     """Return the ids of the ranks' processes."""
-    launched = [pid for pid in running.pids() if pid != running.process.pid]
-    return [pid for pid in launched if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
+    ranks = set()
+    for pid in running.pids():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended since
+            if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
+                ranks.add(pid)
+    return ranks
+
+
+def wait_ranks(running: Launch, others_than: set[int]) -> set[int]:
+    """Wait until the ranks of a new life have replaced the former ones, and return them."""
+    until = time.monotonic() + STARTED_WITHIN_S
+    while len(found := ranks_of(running)) != 2 or found & others_than:
+        assert time.monotonic() < until and running.process.poll() is None, running.output().stderr
+        time.sleep(0.05)
+    return found
 
 
 def assert_same(found: object, wanted: object, where: str = "") -> None:
@@ -77,25 +91,15 @@ def test_two_losses_and_the_same_end(tmp_path: Path, unbroken: dict[str, object]
     lost_at = []
     # A frozen rank hears no SIGTERM: torchrun kills it after so long.
     with Launch(argv(checkpoint), 2, torchrun_args=["--max-restarts=2", "--shutdown-timeout=3"]) as running:
-        step = 0
+        former: set[int] = set()
         for number in (signal.SIGKILL, signal.SIGSTOP):
-            step = wait_past(checkpoint, step + draw.randrange(4, 12), running)
+            # The ranks first, their checkpoints afterwards: one that the former life wrote as it died is not theirs.
+            former = wait_ranks(running, others_than=former)
+            step = wait_past(checkpoint, step_of(checkpoint) + draw.randrange(4, 12), running)
             time.sleep(draw.random() * 0.1)
-            victims = ranks_of(running)
-            assert len(victims) == 2
-            victim = draw.choice(victims)
-            os.kill(victim, number)
+            os.kill(draw.choice(sorted(former)), number)
             lost_at.append(step)
-            wait_gone(victim)
         done = running.wait(150)
     assert done.returncode == 0, done.stderr
     assert 0 < lost_at[0] < lost_at[1] < NUM_STEPS
     assert_same(read(str(checkpoint)), unbroken)
-
-
-def wait_gone(pid: int, within_s: float = 60.0) -> None:
-    """Wait until torchrun has removed a lost rank."""
-    until = time.monotonic() + within_s
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < until, "torchrun has not noticed"
-        time.sleep(0.05)
