@@ -71,6 +71,8 @@ class Admission:
         Args:
             raw: float32 `[num_voters, num_raw]`.
         """
+        if not raw.shape[1]:
+            return raw[0]
         self._move(raw.device)
         rows = raw.masked_fill(self.left_out.unsqueeze(1), 0.0)
         total = rows[0].clone()

@@ -12,9 +12,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-__all__ = ["CHECKSUM_BYTES", "checksums", "digest", "find_damaged", "write_checksum"]
+from distsign.wire.header import CHECKSUM_BYTES
 
-CHECKSUM_BYTES = 4
+__all__ = ["checksums", "digest", "find_damaged", "write_checksum"]
 
 _COLUMNS, _ROWS = 4096, 256  # words of a row, rows of a block: on the device 8 MB of products at a time
 

@@ -163,11 +163,7 @@ class VoteExchange:
 
     def share_in_node(self, payloads: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Return what every rank of the node has: each its `payloads`, uint8 of `sizes[local_rank]` bytes."""
-        copies = payloads.repeat(self._node.world_size)
-        found = self._node.all_to_all(
-            copies, [payloads.numel()] * self._node.world_size, list(sizes), "verdicts within a node"
-        )
-        return list(torch.split(found, list(sizes)))
+        return list(torch.split(_share(self._node, payloads, sizes, "verdicts within a node"), list(sizes)))
 
     def vote(
         self, ballots: Form, verdicts: Form, buffer: Tensor, owner: Owner, starts: IntArray, kernels: Kernels
@@ -199,9 +195,7 @@ class VoteExchange:
         received = found.view(self.num_voters, own)
         poisoned = self.admission.poison(self._check(ballots, {self.rank: received}, self.local_rank))
         payload = self._count(ballots, verdicts, self.rank, received, poisoned, owner, starts, kernels)
-        own = verdicts.sizes[self.rank]
-        copies = payload.repeat(self.num_voters)
-        return self._voters.all_to_all(copies, [own] * self.num_voters, list(verdicts.sizes), "verdicts to all ranks")
+        return _share(self._voters, payload, verdicts.sizes, "verdicts to all ranks")
 
     def read(self, verdicts: Form, payloads: Tensor, kernels: Kernels, column: int = 0) -> Verdicts:
         """Open what `vote` returned, here or on another rank of the node, the one of number `column`.
@@ -287,23 +281,22 @@ class VoteExchange:
             column: number in its node of the ranks that wrote them.
         """
         rows = torch.cat([part[:, :HEADER_BYTES] for part in payloads.values()])
-        expected = [form.headers[owner] for owner, part in payloads.items() for _ in part]
-        senders = [owner if form.verdict else k for owner, part in payloads.items() for k in range(part.shape[0])]
-        damaged = torch.cat([form.damaged(part) for part in payloads.values()])
-        poisoned = ((rows[:, POISON_BYTE] & POISON_FLAG) != 0) | damaged
+        owners = [owner for owner, part in payloads.items() for _ in part]
+        senders = owners if form.verdict else [k for part in payloads.values() for k in range(part.shape[0])]
+        poisoned = (rows[:, POISON_BYTE] & POISON_FLAG) != 0
+        foreign = form.foreign(owners, rows)
         if self._checksum:
+            damaged = torch.cat([form.damaged(part) for part in payloads.values()])
             writers = torch.tensor([k * self._ranks_per_node + column for k in senders], device=rows.device)
             self._damage = torch.maximum(self._damage.to(rows.device), (damaged * (1 + writers)).max())
+            poisoned = poisoned | damaged
+            foreign = foreign & ~damaged  # a damaged header is not to be believed
         if rows.device.type == "cpu":
-            fine = (~damaged).tolist()
-            for k, header in enumerate(expected):
-                if fine[k]:  # else the header is not to be believed either
-                    Header.expect(bytes(rows[k].tolist()), header, sender=senders[k], receiver=self.rank)
+            if foreign.any():
+                k = int(foreign.nonzero()[0])
+                Header.expect(bytes(rows[k].tolist()), form.headers[owners[k]], sender=senders[k], receiver=self.rank)
             return poisoned
-        want = torch.tensor([list(header.encode()) for header in expected], dtype=torch.uint8, device=rows.device)
-        keep = torch.full((HEADER_BYTES,), 255, dtype=torch.uint8, device=rows.device)
-        keep[POISON_BYTE] = 255 - POISON_FLAG
-        bad = (((rows ^ want) & keep) != 0).any() | damaged.any()
+        bad = foreign.any() | (self._damage != 0)
         self._mismatch = bad if self._mismatch is None else self._mismatch | bad
         return poisoned | bad
 
@@ -363,6 +356,12 @@ class VoteExchange:
                 "checksum did not match; that step was poisoned on all ranks. The ranks do not train the same model "
                 "with the same options, or a link or a memory is faulty"
             )
+
+
+def _share(link: Link, payload: Tensor, sizes: Sequence[int], what: str) -> Tensor:
+    """Return the payloads of all ranks of a link, of these sizes, one after the other."""
+    copies = payload.expand(link.world_size, -1)
+    return link.all_to_all(copies, [payload.numel()] * link.world_size, list(sizes), what)
 
 
 def _mean(rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distsign.kernels.spans import Spans, plane_bytes
-from distsign.wire.header import HEADER_BYTES
+from distsign.wire.header import CHECKSUM_BYTES, HEADER_BYTES
 
 __all__ = ["IntArray", "Layout", "Shape", "shard_table", "shards"]
 
@@ -91,8 +91,8 @@ class Layout:
     """The payloads of one exchange group: one or more buckets that travel together.
 
     A group's buffer holds one payload for each owner, one after the other: header, mask planes of all the owner's
-    pieces, sign planes of the same. Ballots on their way to the owners and verdicts on their way back have the same
-    layout.
+    pieces, sign planes of the same, and room for a checksum where it is wanted. Ballots on their way to the owners and
+    verdicts on their way back have the same layout.
 
     Attributes:
         params: per bucket, its parameters as spans of the bucket's flat gradient; rows count through the group.
@@ -102,6 +102,7 @@ class Layout:
         offsets: per owner, first byte of its payload in the buffer.
         sizes: per owner, bytes of its payload.
         owned_elements: per owner, elements it counts.
+        checksum: whether a payload ends with one.
         num_elements: of the whole group.
     """
 
@@ -112,6 +113,7 @@ class Layout:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     owned_elements: tuple[int, ...]
+    checksum: bool = False
 
     @cached_property
     def num_elements(self) -> int:
@@ -157,11 +159,16 @@ class Layout:
 
     def plane_bytes(self, owner: int) -> int:
         """Bytes of the mask planes in one owner's payload, which those of the sign planes equal."""
-        return (self.sizes[owner] - HEADER_BYTES) // 2
+        return (self.sizes[owner] - HEADER_BYTES - CHECKSUM_BYTES * self.checksum) // 2
 
     @classmethod
     def build(
-        cls, buckets: Sequence[Sequence[Shape]], world_size: int, starts: Sequence[Sequence[int]] | None = None
+        cls,
+        buckets: Sequence[Sequence[Shape]],
+        world_size: int,
+        starts: Sequence[Sequence[int]] | None = None,
+        *,
+        checksum: bool = False,
     ) -> Layout:
         """Lay out a group of buckets.
 
@@ -169,6 +176,7 @@ class Layout:
             buckets: the parameters of each bucket in the order in which they lie in its flat gradient.
             world_size: number of owners.
             starts: where each parameter begins in its bucket; None where one follows the other.
+            checksum: whether payloads end with one.
         """
         if starts is None:
             starts = [[sum(s.num_elements for s in bucket[:k]) for k in range(len(bucket))] for bucket in buckets]
@@ -190,7 +198,7 @@ class Layout:
                 places[-1].append(planes[owner])
                 planes[owner] += plane_bytes(length)
                 elements[owner] += length
-        sizes = [HEADER_BYTES + 2 * num_bytes for num_bytes in planes]
+        sizes = [HEADER_BYTES + 2 * num_bytes + CHECKSUM_BYTES * checksum for num_bytes in planes]
         offsets = [sum(sizes[:k]) for k in range(world_size)]
         return cls(
             params=tuple(_params(bucket, begins) for bucket, begins in zip(buckets, starts, strict=True)),
@@ -200,6 +208,7 @@ class Layout:
             offsets=tuple(offsets),
             sizes=tuple(sizes),
             owned_elements=tuple(elements),
+            checksum=checksum,
         )
 
 

@@ -10,6 +10,7 @@ checksum, where it is wanted, comes last and covers all before it, the header to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -17,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distsign.digest import CHECKSUM_BYTES, find_damaged, write_checksum
+from distsign.digest import find_damaged, write_checksum
 from distsign.kernels import Kernels, plane_bytes
 from distsign.layout import IntArray, Layout
 from distsign.sizes import caps_at
-from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header
+from distsign.wire.header import CHECKSUM_BYTES, HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header
 from distsign.wire.sparse import SparseCode
 
 __all__ = ["Form", "Opened", "forms"]
@@ -91,7 +92,6 @@ class Form:
         census_bytes: per owner.
         raw_elements: per owner, components that are averaged.
         sizes: per owner, bytes of its payload.
-        checksum: whether a checksum ends each payload.
     """
 
     layout: Layout
@@ -101,7 +101,6 @@ class Form:
     census_bytes: tuple[int, ...]
     raw_elements: tuple[int, ...]
     sizes: tuple[int, ...]
-    checksum: bool = False
 
     @classmethod
     def build(
@@ -112,7 +111,6 @@ class Form:
         caps: IntArray | None = None,
         wire: str = "auto",
         num_raw: int = 0,
-        checksum: bool = False,
     ) -> Form:
         """Decide how each owner's payload is coded.
 
@@ -122,14 +120,12 @@ class Form:
             caps: int64 `[num_pieces]`, see `caps_at`; None without a cap.
             wire: `"planes"`, `"sparse"` or `"auto"`, the shorter of both. Without caps all are planes.
             num_raw: components of the group that are averaged, over all owners.
-            checksum: whether a checksum ends each payload.
         """
         num_owners = len(layout.sizes)
         raw = tuple((k + 1) * num_raw // num_owners - k * num_raw // num_owners for k in range(num_owners))
-        ending = CHECKSUM_BYTES * checksum
         if caps is None:
-            whole = tuple(size + 4 * n + ending for size, n in zip(layout.sizes, raw, strict=True))
-            return cls(layout, verdict, None, (None,) * num_owners, (0,) * num_owners, raw, whole, checksum)
+            whole = tuple(size + 4 * n for size, n in zip(layout.sizes, raw, strict=True))
+            return cls(layout, verdict, None, (None,) * num_owners, (0,) * num_owners, raw, whole)
         codes: list[SparseCode | None] = []
         census, sizes = [], []
         for owner in range(num_owners):
@@ -142,8 +138,8 @@ class Form:
             codes.append(code)
             census.append((numbers.size + 7) // 8)
             body_bytes = 2 * num_bytes if code is None else code.num_bytes
-            sizes.append(HEADER_BYTES + census[-1] + body_bytes + 4 * raw[owner] + ending)
-        return cls(layout, verdict, caps, tuple(codes), tuple(census), raw, tuple(sizes), checksum)
+            sizes.append(HEADER_BYTES + census[-1] + body_bytes + 4 * raw[owner] + CHECKSUM_BYTES * layout.checksum)
+        return cls(layout, verdict, caps, tuple(codes), tuple(census), raw, tuple(sizes))
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -158,27 +154,34 @@ class Form:
     @cached_property
     def headers(self) -> tuple[Header, ...]:
         """Per owner, its payload's header, without poison."""
-        elements = self.layout.owned_elements
+        codecs = [Codec.PLANES if code is None else Codec.SPARSE for code in self.codes]
         return tuple(
-            Header(Codec.PLANES if code is None else Codec.SPARSE, n, verdict=self.verdict, checksum=self.checksum)
-            for code, n in zip(self.codes, elements, strict=True)
+            Header(codec, n, verdict=self.verdict, checksum=self.layout.checksum)
+            for codec, n in zip(codecs, self.layout.owned_elements, strict=True)
         )
 
     def seal(self, planes: Tensor, crowded: Tensor | None, raw: Tensor, poisoned: Tensor, kernels: Kernels) -> Tensor:
         """Return the payloads for all owners in one buffer, uint8 `[buffer_bytes]`.
 
         Args:
-            planes: uint8 `[layout.buffer_bytes]`, planes of all owners where the layout puts them.
+            planes: uint8 `[layout.buffer_bytes]`, planes of all owners where the layout puts them; where nothing
+                comes between them and the headers, payloads are made in this buffer.
             crowded: bool `[num_pieces]`, the census; None without caps.
             raw: float32 `[num_raw]`, the components to average.
-            poisoned: bool scalar tensor; the body of a poisoned payload is zeros or void.
+            poisoned: bool scalar tensor; the body of a poisoned payload is void.
             kernels: backend of the device.
         """
+        if self._is_layout:
+            for owner, payload in enumerate(torch.split(planes, list(self.sizes))):
+                self._write_header(payload, owner, poisoned)
+                if self.layout.checksum:
+                    write_checksum(payload)
+            return planes
         buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, device=planes.device)
         parts = torch.split(buffer, list(self.sizes))
         shares = torch.split(raw, list(self.raw_elements))
         for owner, at in enumerate(self.layout.offsets):
-            body = planes[at + HEADER_BYTES : at + self.layout.sizes[owner]]
+            body = planes[at + HEADER_BYTES :][: 2 * self.layout.plane_bytes(owner)]
             chosen = None if crowded is None else crowded[self._numbers(owner, planes.device)]
             self._seal_into(parts[owner], owner, body, chosen, shares[owner], poisoned, kernels)
         return buffer
@@ -212,14 +215,13 @@ class Form:
         poisoned: Tensor,
         kernels: Kernels,
     ) -> Tensor:
-        payload[:HEADER_BYTES] = self._header_bytes(owner, planes.device)
-        payload[POISON_BYTE] |= poisoned.to(torch.uint8) * POISON_FLAG
+        self._write_header(payload, owner, poisoned)
         start, end, last = self._cuts(owner)
         code, fits = self.codes[owner], poisoned.new_ones(())
         if crowded is not None:
             payload[HEADER_BYTES:start] = _pack_bits(crowded & ~poisoned)
         if code is None:
-            torch.where(poisoned, planes.new_zeros(()), planes, out=payload[start:end])
+            payload[start:end] = planes
         else:
             fits = kernels.encode_sparse(planes, self.layout.plane_bytes(owner), code, payload[start:end])
             if fits.device.type != "cpu" or not fits:
@@ -227,14 +229,33 @@ class Form:
                 payload[start:end].masked_fill_(~fits, 0)
                 payload[POISON_BYTE] |= (~fits).to(torch.uint8) * POISON_FLAG
         payload[end:last] = raw.view(torch.uint8)
-        if self.checksum:
+        if self.layout.checksum:
             write_checksum(payload)
         return fits
 
+    def _write_header(self, payload: Tensor, owner: int, poisoned: Tensor) -> None:
+        payload[:HEADER_BYTES] = self._header_rows(payload.device)[owner]
+        payload[POISON_BYTE] |= poisoned.to(torch.uint8) * POISON_FLAG
+
     def _cuts(self, owner: int) -> tuple[int, int, int]:
         """Return where in an owner's payload its body begins and ends, and where the checksum would begin."""
-        last = self.sizes[owner] - CHECKSUM_BYTES * self.checksum
+        last = self.sizes[owner] - CHECKSUM_BYTES * self.layout.checksum
         return HEADER_BYTES + self.census_bytes[owner], last - 4 * self.raw_elements[owner], last
+
+    def foreign(self, owners: Sequence[int], headers: Tensor) -> Tensor:
+        """Return which headers are others than the payloads of these owners must have, poison aside; bool `[n]`.
+
+        Args:
+            owners: of each, whose pieces it speaks of.
+            headers: uint8 `[n, HEADER_BYTES]`.
+        """
+        device = headers.device
+        key = ("expected", *owners, device)
+        if key not in self._tables:
+            self._tables[key] = self._header_rows(device)[list(owners)]
+        differences = headers ^ self._tables[key]
+        differences[:, POISON_BYTE] &= ~POISON_FLAG & 0xFF
+        return differences.any(1)
 
     def damaged(self, payloads: Tensor) -> Tensor:
         """Return which payloads are not as they were sealed, bool `[num_senders]`; all False without a checksum.
@@ -242,7 +263,7 @@ class Form:
         Args:
             payloads: uint8 `[num_senders, any]`, all of one owner.
         """
-        if not self.checksum:
+        if not self.layout.checksum:
             return payloads.new_zeros(payloads.shape[0], dtype=torch.bool)
         return find_damaged(payloads)
 
@@ -287,11 +308,8 @@ class Form:
             headers mean nothing; the census, bool `[num_pieces]`, None without caps; float32 `[num_raw]`; and bool
             `[num_owners]`, False for each body that is malformed.
         """
-        if self.caps is None and not any(self.raw_elements):
+        if self._is_layout:
             fine = buffer.new_ones(len(self.sizes), dtype=torch.bool)
-            if self.checksum:
-                parts = torch.split(buffer, list(self.sizes))
-                buffer = torch.cat([part[:size] for part, size in zip(parts, self.layout.sizes, strict=True)])
             return buffer, None, buffer.new_zeros(0, dtype=torch.float32), fine
         planes = torch.empty(self.layout.buffer_bytes, dtype=torch.uint8, device=buffer.device)
         crowded = None
@@ -308,8 +326,13 @@ class Form:
             raw.append(part.raw[0])
         return planes, crowded, torch.cat(raw), torch.stack(ok)
 
+    @property
+    def _is_layout(self) -> bool:
+        """Whether payloads are just what the layout describes: headers, planes, checksums."""
+        return self.caps is None and self.sizes == self.layout.sizes
+
     @cached_property
-    def _tables(self) -> dict[tuple[str, int, torch.device], Tensor]:
+    def _tables(self) -> dict[tuple[object, ...], Tensor]:
         return {}  # small constants on the device, made once
 
     def _numbers(self, owner: int, device: torch.device) -> Tensor:
@@ -318,16 +341,17 @@ class Form:
             self._tables[key] = torch.from_numpy(self.layout.owned(owner)[1]).to(device)
         return self._tables[key]
 
-    def _header_bytes(self, owner: int, device: torch.device) -> Tensor:
-        key = ("header", owner, device)
+    def _header_rows(self, device: torch.device) -> Tensor:
+        """Return each owner's header, uint8 `[num_owners, HEADER_BYTES]`."""
+        key = ("headers", device)
         if key not in self._tables:
-            data = bytearray(self.headers[owner].encode())
-            self._tables[key] = torch.frombuffer(data, dtype=torch.uint8).to(device)
+            data = bytearray(b"".join(header.encode() for header in self.headers))
+            self._tables[key] = torch.frombuffer(data, dtype=torch.uint8).view(-1, HEADER_BYTES).to(device)
         return self._tables[key]
 
 
 def forms(
-    layout: Layout, density: float | None, wire: str, *, owner_carry: bool, num_raw: int = 0, checksum: bool = False
+    layout: Layout, density: float | None, wire: str, *, owner_carry: bool, num_raw: int = 0
 ) -> tuple[Form, Form]:
     """Return the forms of a group's ballots and verdicts.
 
@@ -337,9 +361,8 @@ def forms(
         wire: `"planes"`, `"sparse"` or `"auto"`, with a density.
         owner_carry: whether owners keep what does not fit; else verdicts have slots for the ballots of all.
         num_raw: components that are averaged.
-        checksum: whether a checksum ends each payload.
     """
-    build = partial(Form.build, layout, wire=wire, num_raw=num_raw, checksum=checksum)
+    build = partial(Form.build, layout, wire=wire, num_raw=num_raw)
     if density is None:
         return build(verdict=False), build(verdict=True)
     length, num_owners = layout.all_pieces.length, len(layout.sizes)

@@ -151,7 +151,7 @@ class Plan:
             wire: likewise.
             owner_carry: likewise.
             device: where the gradients are.
-            checksum: see `payload.forms`.
+            checksum: whether payloads end with one.
         """
         columns = []
         for column in range(num_columns):
@@ -167,8 +167,8 @@ class Plan:
                     elif part.voted and (part.length or num_columns == 1):
                         voted[-1].append((part, start + part.begin))
                     start += whole.length
-            form = partial(forms, density=density, wire=wire, owner_carry=owner_carry, checksum=checksum)
-            columns.append(_column(voted, raw, homes, num_voters, num_columns > 1, form, device))
+            form = partial(forms, density=density, wire=wire, owner_carry=owner_carry)
+            columns.append(_column(voted, raw, homes, num_voters, num_columns > 1, form, device, checksum=checksum))
         rows = [part.row for bucket in buckets for part in bucket]
         return cls(tuple(columns), torch.tensor(rows, dtype=torch.int64, device=device))
 
@@ -181,10 +181,12 @@ def _column(
     gathered: bool,
     form: Callable[..., tuple[Form, Form]],
     device: torch.device,
+    *,
+    checksum: bool,
 ) -> Column:
     shapes = [[Shape(part.row, part.length, homes[part.row]) for part, _ in bucket] for bucket in voted]
     starts = [[start for _, start in bucket] for bucket in voted]
-    layout = Layout.build(shapes, num_voters, None if gathered else starts)
+    layout = Layout.build(shapes, num_voters, None if gathered else starts, checksum=checksum)
     num_raw = sum(length for _, _, length in raw)
     ballots, verdicts = form(layout, num_raw=num_raw)
     pieces = layout.all_pieces

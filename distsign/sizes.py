@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distsign.digest import CHECKSUM_BYTES
 from distsign.layout import IntArray, Shape, shard_table
-from distsign.wire.header import HEADER_BYTES
+from distsign.wire.header import CHECKSUM_BYTES, HEADER_BYTES
 from distsign.wire.sparse import SparseCode
 
 __all__ = ["caps_at", "density_for", "payload_sizes"]

@@ -48,7 +48,7 @@ class FakeLink:
         self.arriving: list[Tensor] = []
 
     def all_to_all(self, source: Tensor, send: list[int], receive: list[int], what: str) -> Tensor:
-        return self.arriving.pop() if self.arriving else source
+        return self.arriving.pop() if self.arriving else source.reshape(-1)
 
     def all_gather(self, source: Tensor, what: str) -> Tensor:
         return self.arriving.pop()
@@ -59,7 +59,7 @@ class Votes:
 
     def __init__(self, setting: Setting, rng: np.random.Generator, tried: Counter[tuple[str, str]]) -> None:
         self.setting, self.rng, self.tried = setting, rng, tried
-        self.exchange = VoteExchange(None, setting.kind, checksum=setting.ballots.checksum)
+        self.exchange = VoteExchange(None, setting.kind, checksum=setting.layout.checksum)
         self.link = FakeLink(setting.rank, setting.num_voters)
         self.exchange._voters = self.link  # type: ignore[assignment]
         self.exchange.admission = Admission(setting.num_voters)

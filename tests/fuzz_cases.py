@@ -44,7 +44,9 @@ class Setting:
         sizes = [int(rng.choice([1, 1, 7, 33, 500, 512, 1100])) for _ in range(rng.integers(1, 8))]
         shapes = [Shape(index, size) for index, size in enumerate(sizes)]
         cut = int(rng.integers(0, len(shapes)))
-        layout = Layout.build([part for part in (shapes[:cut], shapes[cut:]) if part], num_voters)
+        layout = Layout.build(
+            [part for part in (shapes[:cut], shapes[cut:]) if part], num_voters, checksum=bool(rng.integers(2))
+        )
         owner_carry = [None, "plain", "standing"][rng.integers(3)]
         density = [None, 0.003, 0.05, 0.4][rng.integers(4)]
         ballots, verdicts = forms(
@@ -53,7 +55,6 @@ class Setting:
             str(rng.choice(["auto", "planes", "sparse", "sparse"])),
             owner_carry=owner_carry is not None,
             num_raw=int(rng.choice([0, 0, 9])),
-            checksum=bool(rng.integers(2)),
         )
         margin = int(rng.choice([1, rng.integers(1, num_voters + 1)]))
         kind, forget = str(rng.choice(["two_phase", "all_gather"])), bool(rng.integers(2))
@@ -65,7 +66,7 @@ class Setting:
         return (
             f"{self.kind}, rank {self.rank} of {self.num_voters}, margin {self.margin}, carry {self.owner_carry}, "
             f"forget {self.forget}, {[s.num_elements for s in self.layout.shapes]} elements, slots {codecs}, "
-            f"checksum {self.ballots.checksum}, {sum(self.ballots.raw_elements)} averaged"
+            f"checksum {self.layout.checksum}, {sum(self.ballots.raw_elements)} averaged"
         )
 
 
@@ -103,7 +104,7 @@ class Place:
 
     @classmethod
     def of(cls, form: Form, owner: int) -> Place:
-        last = form.sizes[owner] - 4 * form.checksum
+        last = form.sizes[owner] - 4 * form.layout.checksum
         return cls(HEADER_BYTES + form.census_bytes[owner], last - 4 * form.raw_elements[owner], last)
 
 
@@ -125,7 +126,7 @@ def changed(
         break
     else:
         return row, ""
-    if form.checksum and how != "checksum" and rng.random() < 0.7:  # a liar's, else a link's damage
+    if form.layout.checksum and how != "checksum" and rng.random() < 0.7:  # a liar's, else a link's damage
         row[place.last :] = np.frombuffer(checksum_of(row[: place.last].tobytes()), dtype=np.uint8)
     return row, how
 

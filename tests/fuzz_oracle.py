@@ -50,14 +50,14 @@ def checksum_of(data: bytes) -> bytes:
 
 def header_of(form: Form, owner: int, poison: bool) -> bytes:
     codec = 1 if form.codes[owner] is None else 2
-    flags = form.verdict | poison << 1 | form.checksum << 2
+    flags = form.verdict | poison << 1 | form.layout.checksum << 2
     return bytes([1, codec, flags]) + form.layout.owned_elements[owner].to_bytes(5, "little")
 
 
 def read(form: Form, owner: int, row: Bytes) -> Read:
     """Read one payload of `sizes[owner]` bytes."""
     data = row.tobytes()
-    last = len(data) - 4 * form.checksum
+    last = len(data) - 4 * form.layout.checksum
     poison = bool(data[2] & 2)
     start = 8 + form.census_bytes[owner]
     end = last - 4 * form.raw_elements[owner]
@@ -66,7 +66,7 @@ def read(form: Form, owner: int, row: Bytes) -> Read:
         claims = bits_of(row[8:start])[: form.layout.owned(owner)[1].size] != 0
     return Read(
         refused=data[:8] != header_of(form, owner, poison),
-        damaged=form.checksum and checksum_of(data[:last]) != data[last:],
+        damaged=form.layout.checksum and checksum_of(data[:last]) != data[last:],
         poison=poison,
         votes=votes_of(form, owner, row[start:end]),
         claims=claims,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from distsign import digest as module
-from distsign.digest import CHECKSUM_BYTES, _multilinear, checksums, digest, find_damaged, write_checksum
+from distsign.digest import _multilinear, checksums, digest, find_damaged, write_checksum
+from distsign.wire.header import CHECKSUM_BYTES
 
 WAYS = {"xxh3": digest, "multilinear": lambda t: _multilinear(t.contiguous().reshape(-1).view(torch.uint8))}
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

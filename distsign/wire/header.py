@@ -1,4 +1,4 @@
-"""The eight bytes in front of each payload, which say what follows.
+"""The eight bytes in front of each payload, which say what follows, and the size of the checksum that may end it.
 
 byte 0     format version
 byte 1     codec of the body
@@ -11,10 +11,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-__all__ = ["FORMAT_VERSION", "HEADER_BYTES", "POISON_BYTE", "POISON_FLAG", "Codec", "Header", "PayloadError"]
+__all__ = [
+    "CHECKSUM_BYTES",
+    "FORMAT_VERSION",
+    "HEADER_BYTES",
+    "POISON_BYTE",
+    "POISON_FLAG",
+    "Codec",
+    "Header",
+    "PayloadError",
+]
 
 FORMAT_VERSION = 1
 HEADER_BYTES = 8
+CHECKSUM_BYTES = 4
 POISON_BYTE = 2
 POISON_FLAG = 2
 _VERDICT_FLAG = 1
