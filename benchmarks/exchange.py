@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from benchmarks import ranks
 from benchmarks.common import MIN_ROUNDS, Column, Report, Row, parser, ratio, summary
+from distsign.collectives import Link
 from distsign.exchange import VoteExchange
 from distsign.kernels import kernels_for
 from distsign.layout import Layout, Shape
@@ -66,7 +67,7 @@ def all_reduce(name: str, num_elements: int, dtype: torch.dtype) -> Exchange:
 
 def vote(name: str, num_elements: int, bits: float | None) -> Exchange:
     """Return a vote on planes, or on sparse ballots that fill four fifths of a budget of bits, as steering aims at."""
-    kernels, voting = kernels_for("cpu"), VoteExchange(None, "two_phase")
+    kernels, voting = kernels_for("cpu"), VoteExchange(Link.twin(None), "two_phase")
     length, rest = divmod(num_elements, NUM_PARAMETERS)
     shapes = [Shape(k, length + (rest if k == 0 else 0)) for k in range(NUM_PARAMETERS)]
     density = None if bits is None else density_for(bits, shapes, voting.world_size, num_elements)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from distsign.admission import Admission
@@ -48,14 +47,13 @@ class Verdicts:
 
 
 class VoteExchange:
-    """A vote among the ranks of a process group of its own.
+    """A vote among the ranks of a link.
 
     With nodes of several ranks the vote is held between nodes: the ranks of a node average their gradients first, each
     rank for one share of the components, and vote on that share with the ranks of the same number in the other nodes.
 
     Args:
-        process_group: whose ranks vote; None is the default group. Without an initialised process group, or in a group
-            of one, there is one voter and nothing travels.
+        link: among the ranks that vote. On a link of one rank there is one voter and nothing travels.
         kind: `"two_phase"` (bytes per rank flat in the number of ranks) or `"all_gather"` (each rank counts all ballots
             itself, so that no owner needs to be trusted).
         ranks_per_node: consecutive ranks that make a node; 1 for a vote of all.
@@ -68,7 +66,7 @@ class VoteExchange:
 
     def __init__(
         self,
-        process_group: dist.ProcessGroup | None,
+        link: Link,
         kind: str,
         ranks_per_node: int = 1,
         *,
@@ -79,7 +77,7 @@ class VoteExchange:
         # Of this step: 1 + the rank that wrote a payload which came here damaged, or 0.
         self._damage = torch.zeros((), dtype=torch.int64)
         self._ranks_per_node = ranks_per_node
-        self._all = self._voters = Link.twin(process_group)
+        self._all = self._voters = link
         self._node = Link(None)
         if ranks_per_node > 1:
             ranks = list(range(self._all.world_size))

@@ -14,7 +14,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 
 from distsign.agreement import require_agreement
-from distsign.collectives import world_size_of
+from distsign.collectives import Link, world_size_of
 from distsign.confidence import Confidence
 from distsign.exchange import VoteExchange
 from distsign.kernels import kernels_for
@@ -315,7 +315,7 @@ class SignVoteState:
                 f"ranks_per_node={per_node} does not divide the {num_ranks} ranks: nodes must be of one size"
             )
         checksum = self._options.checksum
-        return VoteExchange(self.process_group, self._options.exchange, per_node, checksum=checksum)
+        return VoteExchange(Link.twin(self.process_group), self._options.exchange, per_node, checksum=checksum)
 
     def _scale(self, device: torch.device) -> Tensor:
         scale = self.loss_scale

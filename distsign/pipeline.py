@@ -143,7 +143,7 @@ class VotePipeline:
         rows = tuple(self._registry.see(parameter) for parameter in bucket.parameters())
         if bucket.index() == 0:
             self._begin_step()
-        self._grow(device)
+        self.grow(device)
         future: Future[Tensor] = Future() if device.type == "cpu" else Future(devices=[device])
         if self.options.l2:
             self._add_l2(bucket, scale)
@@ -182,7 +182,7 @@ class VotePipeline:
     def _part(self, row: int) -> Part:
         return Part(row, self._registry.num_elements(row), voted=row not in self._excluded)
 
-    def _grow(self, device: torch.device) -> None:
+    def grow(self, device: torch.device) -> None:
         """Make room for the parameters that DDP has shown by now; after the first step it has shown all."""
         if (len(self._registry), device) == self._room:
             return
@@ -202,9 +202,9 @@ class VotePipeline:
             factor = (self.options.l2 * scale * gradient.any()).to(gradient.dtype)
             gradient.add_(parameter.detach().to(gradient.dtype) * factor)
 
-    def _plan(self, device: torch.device) -> Plan:
+    def plan(self, buckets: tuple[tuple[int, ...], ...], device: torch.device) -> Plan:
+        """Return how an exchange group of buckets, each the rows of its parameters in order, is dealt out."""
         assert self.exchange is not None
-        buckets = tuple(bucket.rows for bucket in self._group)
         key = (buckets, self._density)
         if key not in self._plans:
             if len(self._plans) >= _MAX_PLANS:
@@ -226,15 +226,15 @@ class VotePipeline:
         """Cast the ballots of the buckets that have gathered, and send them on their way."""
         assert self.exchange is not None
         device = self._group[0].gradient.device
-        plan = self._plan(device)
         group, self._group = self._group, []
+        plan = self.plan(tuple(bucket.rows for bucket in group), device)
         self._counts.exchanged(sum(bucket.gradient.numel() for bucket in group))
         ballots = None
         if self.options.ranks_per_node == 1:
             column = plan.columns[0]
             wide = [bucket.gradient.float() for bucket in group]
             raw = torch.cat([scale.new_zeros(0).float(), *(wide[k][a : a + n] for k, a, n in column.raw_runs)])
-            ballots = self._cast(column, wide, raw, scale)
+            ballots = self.cast(column, wide, raw, scale)
         job = partial(self._run, group, plan, ballots, scale, is_last)
         if device.type == "cpu":
             self._thread.submit(job)
@@ -242,7 +242,7 @@ class VotePipeline:
             kept = [] if ballots is None else [ballots]
             self._run_beside(job, [scale, *kept, *(bucket.gradient for bucket in group)])
 
-    def _cast(self, column: Column, grads: list[Tensor], raw: Tensor, scale: Tensor) -> Tensor:
+    def cast(self, column: Column, grads: list[Tensor], raw: Tensor, scale: Tensor) -> Tensor:
         """Return the payloads of this rank's ballots on a column's share."""
         device = raw.device
         kernels = kernels_for(device)
@@ -291,7 +291,7 @@ class VotePipeline:
         """Exchange a group, write its verdicts into the buckets, and fulfil their futures; never raises."""
         try:
             if self._error is None:
-                self._vote(group, plan, ballots, scale)
+                self._vote([bucket.gradient for bucket in group], plan, ballots, scale)
                 if self._in_backward:
                     self._registry.mark_verdicts(row for bucket in group for row in bucket.rows)
                 if is_last:
@@ -320,28 +320,33 @@ class VotePipeline:
         first = f"{names[0]} to {names[-1]}" if len(names) > 1 else "".join(names) or "unnamed"
         return f"{len(group)} bucket(s), {first} ({elements})"
 
-    def _vote(self, group: list[_Bucket], plan: Plan, ballots: Tensor | None, scale: Tensor) -> None:
+    def _vote(self, gradients: list[Tensor], plan: Plan, ballots: Tensor | None, scale: Tensor) -> None:
         assert self.exchange is not None and self.owner is not None
         exchange, column = self.exchange, plan.columns[self.exchange.local_rank]
         if ballots is None:
-            ballots = self._cast(column, *self._mean_in_node(group, plan), scale)
+            ballots = self.cast(column, *self._mean_in_node(gradients, plan), scale)
         kernels = kernels_for(ballots.device)
         starts = rotating_starts(column.layout, self._counts.num_steps)
         payloads = [exchange.vote(column.ballots, column.verdicts, ballots, self.owner, starts, kernels)]
         if self.options.ranks_per_node > 1:
             payloads = exchange.share_in_node(payloads[0], [each.verdicts.buffer_bytes for each in plan.columns])
+        self.take(gradients, plan, payloads, scale)
+
+    def take(self, gradients: list[Tensor], plan: Plan, payloads: list[Tensor], scale: Tensor) -> None:
+        """Write a group's verdicts, of each column those of all its owners, over the gradients of its buckets."""
+        assert self.exchange is not None
+        device = payloads[0].device
         # Half precision is written by way of float32.
-        out = [bucket.gradient.float() for bucket in group]
-        poisoned = torch.zeros((), dtype=torch.bool, device=ballots.device)
-        seen = torch.zeros(4, len(self._registry), dtype=torch.int64, device=ballots.device)
+        out = [gradient.float() for gradient in gradients]
+        poisoned = torch.zeros((), dtype=torch.bool, device=device)
+        seen = torch.zeros(4, len(self._registry), dtype=torch.int64, device=device)
         for k, (each, payload) in enumerate(zip(plan.columns, payloads, strict=True)):
-            found = exchange.read(each.verdicts, payload, kernels, k)
+            found = self.exchange.read(each.verdicts, payload, kernels_for(device), k)
             poisoned = poisoned | found.poisoned
-            self._write(group, out, each, found, scale, seen)
+            self._write(gradients, out, each, found, scale, seen)
         self._take_note(plan, seen)
         self._poisoned = self._poisoned.to(poisoned.device) | poisoned
-        for bucket, wide in zip(group, out, strict=True):
-            gradient = bucket.gradient
+        for gradient, wide in zip(gradients, out, strict=True):
             if wide is not gradient:
                 gradient.copy_(wide)
             if gradient.device.type != "cpu":
@@ -349,11 +354,11 @@ class VotePipeline:
             elif poisoned:
                 gradient.fill_(math.nan)
 
-    def _mean_in_node(self, group: list[_Bucket], plan: Plan) -> tuple[list[Tensor], Tensor]:
+    def _mean_in_node(self, gradients: list[Tensor], plan: Plan) -> tuple[list[Tensor], Tensor]:
         """Return the node's mean gradient on this rank's share: per bucket what is voted on, and what is averaged."""
         assert self.exchange is not None
         buffer = torch.cat(
-            [group[k].gradient[a : a + n] for each in plan.columns for k, a, n in (*each.voted_runs, *each.raw_runs)]
+            [gradients[k][a : a + n] for each in plan.columns for k, a, n in (*each.voted_runs, *each.raw_runs)]
         )
         mean = self.exchange.mean_in_node(buffer, [each.num_elements for each in plan.columns])
         column = plan.columns[self.exchange.local_rank]
@@ -361,7 +366,7 @@ class VotePipeline:
         return voted, raw
 
     def _write(
-        self, group: list[_Bucket], out: list[Tensor], column: Column, found: Verdicts, scale: Tensor, seen: Tensor
+        self, gradients: list[Tensor], out: list[Tensor], column: Column, found: Verdicts, scale: Tensor, seen: Tensor
     ) -> None:
         """Write a column's verdicts and averages into float32 buckets.
 
@@ -369,9 +374,9 @@ class VotePipeline:
         """
         kernels = kernels_for(found.planes.device)
         counts = torch.zeros_like(column.lengths)
-        for bucket, wide, pieces in zip(group, out, column.targets, strict=True):
+        for gradient, wide, pieces in zip(gradients, out, column.targets, strict=True):
             # In half precision a loss scale may be out of range, and an infinity would read as a bad number.
-            value = scale.clamp(max=torch.finfo(bucket.gradient.dtype).max).float()
+            value = scale.clamp(max=torch.finfo(gradient.dtype).max).float()
             mine = kernels.unpack(found.planes, pieces, value, wide)
             counts[: mine.numel()] += mine
         means = torch.split(found.mean, [length for _, _, length in column.raw_runs])
@@ -437,7 +442,7 @@ class VotePipeline:
         device = self.voter.stats.device
         self.voter = Voter(self.options.confidence, self.options.carry)
         self._room = None
-        self._grow(device)
+        self.grow(device)
         for name, kept in state["voter"].items():
             self.voter.keep(names[name], kept)
         pieces: dict[Piece, Tensor] = {

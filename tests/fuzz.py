@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distsign.admission import Admission
+from distsign.collectives import Link
 from distsign.exchange import VoteExchange
 from distsign.kernels import cpu
 from distsign.owner import make_owner
@@ -59,7 +60,7 @@ class Votes:
 
     def __init__(self, setting: Setting, rng: np.random.Generator, tried: Counter[tuple[str, str]]) -> None:
         self.setting, self.rng, self.tried = setting, rng, tried
-        self.exchange = VoteExchange(None, setting.kind, checksum=setting.layout.checksum)
+        self.exchange = VoteExchange(Link(None), setting.kind, checksum=setting.layout.checksum)
         self.link = FakeLink(setting.rank, setting.num_voters)
         self.exchange._voters = self.link  # type: ignore[assignment]
         self.exchange.admission = Admission(setting.num_voters)

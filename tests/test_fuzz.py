@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distsign.collectives import Link
 from distsign.exchange import VoteExchange
 from distsign.kernels import Kernels, SparseCode, cpu, jit_sparse, reference
 from distsign.layout import Layout, Shape
@@ -251,7 +252,7 @@ def test_a_rank_that_votes_beyond_a_cap_is_named(kind: str) -> None:
 
     second = 8 * int(layout.owned(0)[0].mask_at[1])
     several = [[0, *range(second + 10 * k, second + 10 * k + 10)] for k in range(4)]
-    exchange, link = VoteExchange(None, kind), fuzz.FakeLink(0, 4)
+    exchange, link = VoteExchange(Link(None), kind), fuzz.FakeLink(0, 4)
     exchange._voters = link  # type: ignore[assignment]
 
     def vote(rows: list[list[int]]) -> Tensor:

@@ -233,6 +233,15 @@ def test_ranks_that_share_cores_slow_each_other_down() -> None:
     assert simulate(model, cluster, "bf16", compute_s=0.1, profile=alone).step_s == pytest.approx(0.101)
 
 
+@pytest.mark.parametrize(("world_size", "times"), [(2, 1.0), (3, 1.5), (8, 1.5)])
+def test_bytes_take_longer_where_several_ranks_send_to_one(world_size: int, times: float) -> None:
+    costs = profile()
+    costs = replace(costs, collectives={**costs.collectives, "all_to_all": CollectiveCost(incast=1.5)})
+    cluster, model = Cluster(world_size, Link(BANDWIDTH)), Model.of([32 * 64 * world_size])
+    found = simulate(model, cluster, "planes", compute_s=0.0, profile=costs)
+    assert found.step_s == pytest.approx(times * found.sent_bytes / BANDWIDTH)
+
+
 def test_break_even_is_where_the_times_meet() -> None:
     cluster = Cluster(4, Link(BANDWIDTH))
     slow = profile(cast_planes=KernelCost.linear(0.05))

@@ -32,7 +32,9 @@ def test_no_cost_is_below_zero() -> None:
     assert (found >= 0).all()
 
 
-def made(bandwidth: float, cpu_byte_s: float, *, latency_s: float = 1e-4, stretch: float = 2.0) -> list[Call]:
+def made(
+    bandwidth: float, cpu_byte_s: float, *, latency_s: float = 1e-4, stretch: float = 2.0, incast: float = 1.0
+) -> list[Call]:
     """Return calls whose times follow from the costs, the wire and the processor at work at the same time."""
     found = []
     for kind in COLLECTIVES:
@@ -41,7 +43,8 @@ def made(bandwidth: float, cpu_byte_s: float, *, latency_s: float = 1e-4, stretc
                 messages = ranks - 1 if kind in ("all_to_all", "all_gather") else 2 * (ranks - 1)
                 delays = 1 if kind == "all_to_all" else messages
                 cpu = 2e-4 + cpu_byte_s * size
-                wall = delays * latency_s + stretch * 2e-4 + max(size / bandwidth, stretch * cpu_byte_s * size)
+                wire = incast * size if kind == "all_to_all" and ranks > 2 else size
+                wall = delays * latency_s + stretch * 2e-4 + max(wire / bandwidth, stretch * cpu_byte_s * size)
                 found.append(Call(kind, messages, size, float(size), Timing(wall, cpu)))
     return found
 
@@ -60,6 +63,14 @@ def test_a_slow_link_is_found() -> None:
         assert cost.byte_cpu_s == pytest.approx(1e-9, rel=0.02)
         assert cost.call_cpu_s == pytest.approx(2e-4, rel=0.05)
         assert cost.wire == pytest.approx(1, abs=0.05)
+
+
+def test_what_is_lost_where_several_send_to_one_is_told_from_the_link() -> None:
+    calls = made(1.2e8, 1e-9, incast=1.4)
+    fit = fit_collectives(calls, 2.0, bandwidth_of(of_two(calls)), nominal_bytes_per_s=1.25e8)
+    for kind, cost in fit.collectives.items():
+        assert cost.wire == pytest.approx(1, abs=0.05)
+        assert cost.incast == pytest.approx(1.4 if kind == "all_to_all" else 1, rel=0.05)
 
 
 def test_a_fast_link_says_nothing_of_its_bandwidth() -> None:

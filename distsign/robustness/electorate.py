@@ -68,15 +68,6 @@ class _Table(Link):
         return source
 
 
-class _TableExchange(VoteExchange):
-    """The exchange with every worker at one table: each shard is counted once, as all honest ranks would count it."""
-
-    def __init__(self, num_workers: int, admission: Admission) -> None:
-        super().__init__(None, "all_gather")
-        self._voters = _Table(num_workers)
-        self.admission = admission
-
-
 class Electorate:
     """Workers that vote, the last `num_liars` of which lie.
 
@@ -135,7 +126,8 @@ class Electorate:
         self._steering = Steering(confidence, budgeted=budget is not None)
         self._steering.grow(len(num_elements), torch.device("cpu"))
         self.admission = Admission(num_workers, self.options.max_density, self.options.max_poison_streak)
-        self._exchange = _TableExchange(num_workers, self.admission)
+        self._exchange = VoteExchange(_Table(num_workers), "all_gather")
+        self._exchange.admission = self.admission
         forget = self.options.forgets
         self._owner = make_owner(self.options.owner_carry, self.options.margin, num_workers, forget=forget)
         self._column = self._plan(num_elements)

@@ -1,8 +1,8 @@
 """Fit a profile to what real ranks take for the collectives and kernels that hooks use.
 
 Every figure is a median. What a collective takes is split by least squares with coefficients that are not negative:
-by call, by message, by byte; once for the clock and once for the processor's time. What the processor does not explain
-is the wire's.
+by call, by message, by byte, and by byte where several ranks send to one; once for the clock and once for the
+processor's time. What the processor does not explain is the wire's.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def fit_collectives(
         sent = np.array([call.sent_bytes for call in mine], dtype=np.float64)
         wall = np.array([max(call.timing.wall_s, 1e-7) for call in mine])
         cpu = np.array([max(call.timing.cpu_s, 1e-7) for call in mine])
-        walls[kind] = non_negative_fit(np.stack([ones, messages, link], 1), wall)
+        # Of a ring's messages each has a round of its own, and no rank hears more than one other at a time.
+        crowded = link * (messages > 1) * (kind == "all_to_all")
+        walls[kind] = non_negative_fit(np.stack([ones, messages, link, crowded], 1), wall)
         cpus[kind] = non_negative_fit(np.stack([ones, messages, sent], 1), cpu)
     bandwidth, least_cpu = bandwidth_bytes_per_s, min(cost[2] for cost in cpus.values())
     is_limit = 1 / bandwidth > 1.2 * least_cpu
@@ -114,10 +116,12 @@ def fit_collectives(
     rings = [delay for kind, delay in delays.items() if kind != "all_to_all"]
     latency = min(rings, default=0.0)
     found = {}
-    for kind, (call_s, _, byte_s) in walls.items():
+    for kind, (call_s, _, byte_s, more_s) in walls.items():
         call_cpu, message_cpu, byte_cpu = cpus[kind]
         if not is_limit:
-            byte_cpu = max(byte_cpu, byte_s / stretch)  # what the process is not charged for is the kernel's work
+            byte_cpu = max(
+                byte_cpu, (byte_s + more_s) / stretch
+            )  # what the process is not charged for is the kernel's work
         is_ring = kind != "all_to_all"
         found[kind] = CollectiveCost(
             call_s=max(0.0, call_s - stretch * call_cpu - (0.0 if is_ring else latency)),
@@ -127,6 +131,7 @@ def fit_collectives(
             byte_cpu_s=float(byte_cpu),
             # Beside the fastest ring, in which each rank hears one other: what both wait for is not the wire's.
             wire=max(1.0, float(byte_s) / fastest) if is_limit else 1.0,
+            incast=max(1.0, float(byte_s + more_s) / max(float(byte_s), fastest)) if is_limit else 1.0,
         )
     return LinkFit(float(bandwidth), float(latency), bool(is_limit), found)
 

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distsign.collectives import Link
 from distsign.confidence import RMSConfidence
+from distsign.exchange import VoteExchange
 from distsign.kernels import kernels_for
-from distsign.layout import Layout, Shape
 from distsign.optim import SignAdamPP
-from distsign.owner import make_owner
-from distsign.payload import forms
-from distsign.plan import COALESCE_BYTES
+from distsign.options import VoteOptions
+from distsign.pipeline import VotePipeline
+from distsign.registry import ParameterRegistry
 from distsign.simulator.profile import FEW_TENSORS
-from distsign.sizes import density_for
-from distsign.voter import Voter, rotating_starts
+from distsign.statistics import VoteCounts
+from distsign.voter import rotating_starts
 
 __all__ = ["BITS", "MANY_TENSORS", "POWER_RANKS", "Probe", "probes"]
 
@@ -163,59 +164,71 @@ def _steps(tensors: Sequence[Tensor]) -> list[Probe]:
     ]
 
 
+class _Alike(Link):
+    """A link to ranks that all send what this one sends: nothing travels, and each has to be answered.
+
+    Args:
+        world_size: number of ranks.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__(None)
+        self.world_size = world_size
+
+    def all_to_all(self, source: Tensor, send: list[int], receive: list[int], what: str = "") -> Tensor:
+        """Return the ballots on this rank's share, from all; of verdicts, which all ranks get, this rank's own."""
+        if source.dim() > 1:
+            return source[self.rank]
+        return torch.split(source, send)[self.rank].repeat(self.world_size)
+
+
 def _vote(gradient: Tensor, lengths: Sequence[int], world_size: int, bits: float | None) -> list[Probe]:
-    """Return casting, counting and reading, as pipeline and exchange do it for one exchange group."""
+    """Return casting, counting and reading, as the pipeline does it for one exchange group."""
     device, n = gradient.device, gradient.numel()
     kernels, coded = kernels_for(device), "planes" if bits is None else "sparse"
-    voter = Voter(RMSConfidence(k=1.0 if bits is None else 4.0), torch.float32)
-    voter.grow(lengths, device)
-    shapes = [Shape(k, length, voter.home(k)) for k, length in enumerate(lengths)]
-    layout = Layout.build([shapes], world_size)
-    density = None if bits is None else density_for(bits, shapes, world_size, COALESCE_BYTES)
-    ballots, verdicts = forms(layout, density, "auto", owner_carry=bits is not None)
-    starts = rotating_starts(layout, 0)
-    rows, scale = torch.arange(len(lengths), device=device), torch.ones((), dtype=torch.float64, device=device)
-    clean, raw = torch.zeros((), dtype=torch.bool, device=device), torch.zeros(0, device=device)
-    owner = make_owner(None if bits is None else "plain", 1, world_size, forget=bits is not None)
-
-    def cast() -> Tensor:
-        planes = torch.empty(layout.buffer_bytes, dtype=torch.uint8, device=device)
-        found = voter.cast(
-            [gradient],
-            layout,
-            rows,
-            scale=scale,
-            kernels=kernels,
-            out=planes,
-            caps=ballots.caps,
-            starts=starts,
-            forget=bits is not None,
-        )
-        sealed = ballots.seal(planes, found.crowded, raw, clean, kernels)
-        voter.commit(clean)
-        return sealed
-
-    def count(shard: int, received: Tensor) -> Tensor:
-        found = ballots.open(shard, received)
-        planes, crowded, _ = owner.count(found, layout, shard, verdicts.caps, starts, kernels)
-        return verdicts.seal_one(shard, planes, None if found.crowded is None else crowded, raw, clean, kernels)[0]
-
-    payload = cast()
-    parts = torch.split(payload, list(ballots.sizes))
-    received = parts[0].repeat(world_size, 1)
-    answer = torch.cat([count(k, part.repeat(world_size, 1)) for k, part in enumerate(parts)])
+    registry, link = ParameterRegistry(), _Alike(world_size)
+    registry.track((f"p{k}", torch.nn.Parameter(torch.empty(length))) for k, length in enumerate(lengths))
+    pipeline = VotePipeline(_options(bits), registry, VoteCounts())
+    pipeline.start(exchange := VoteExchange(link, "two_phase"))
+    pipeline.grow(device)
+    plan = pipeline.plan((tuple(range(len(lengths))),), device)
+    (column,), owner = plan.columns, pipeline.owner
+    assert owner is not None
+    scale, raw = torch.ones((), dtype=torch.float64, device=device), torch.zeros(0, device=device)
+    clean, starts = torch.zeros((), dtype=torch.bool, device=device), rotating_starts(column.layout, 0)
     out = torch.empty_like(gradient)
 
-    def read() -> object:
-        planes = verdicts.open_all(answer, kernels)[0]
-        return kernels.unpack(planes, layout.pieces[0], scale.float(), out)
+    def cast() -> Tensor:
+        sealed = pipeline.cast(column, [gradient], raw, scale)
+        pipeline.voter.commit(clean)
+        return sealed
 
-    def count_and_commit() -> None:
-        count(0, received)
+    def count(shard: int) -> Tensor:
+        link.rank = shard
+        verdicts = exchange.vote(column.ballots, column.verdicts, payload, owner, starts, kernels)
         owner.commit(clean)
+        return verdicts
 
+    payload = cast()
+    answer = torch.cat([count(shard) for shard in range(world_size)])
     return [
         Probe(f"cast_{coded}", n, cast, by_tensor=True),
-        Probe(f"count_{coded}", n, count_and_commit, by_tensor=True),
-        Probe(f"read_{coded}", n, read, by_tensor=True),
+        Probe(f"count_{coded}", n, lambda: count(0), by_tensor=True),
+        Probe(f"read_{coded}", n, lambda: pipeline.take([out], plan, [answer], scale), by_tensor=True),
     ]
+
+
+def _options(bits: float | None) -> VoteOptions:
+    return VoteOptions.check(
+        confidence=RMSConfidence(k=1.0 if bits is None else 4.0),
+        margin=1,
+        carry=True,
+        owner_carry=None,
+        exchange="two_phase",
+        wire="auto" if bits else "planes",
+        bits_per_param=bits,
+        l2=0.0,
+        exclude=None,
+        ranks_per_node=None,
+        is_subgroup=False,
+    )

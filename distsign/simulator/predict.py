@@ -163,7 +163,8 @@ class _Timeline:
         leaves = each.between_bytes > 0
         latency_s = (self.cluster.link if leaves else self.cluster.node_link).latency_s
         cpu = cost.call_cpu_s + cost.message_cpu_s * each.messages + cost.byte_cpu_s * each.sent_bytes
-        between, within = cost.wire * each.between_bytes, cost.wire * each.within_bytes
+        wire = cost.wire * (cost.incast if each.messages > rounds else 1.0)
+        between, within = wire * each.between_bytes, wire * each.within_bytes
         task = Task(
             each.kind,
             after,

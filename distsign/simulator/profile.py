@@ -76,8 +76,9 @@ class CollectiveCost:
         call_cpu_s: core-seconds of each call.
         message_cpu_s: core-seconds of each message.
         byte_cpu_s: core-seconds of each byte sent (and received, and reduced).
-        wire: how many times longer its bytes take on the link than the link's bandwidth says, at least 1: where several
-            ranks send to one at the same time, the link's queue is now empty and now too long.
+        wire: how many times longer its bytes take on the link than the link's bandwidth says, at least 1.
+        incast: how many times longer still where several ranks send to one at the same time, at least 1: the link's
+            queue is now empty and now too long.
     """
 
     call_s: float = 0.0
@@ -86,6 +87,7 @@ class CollectiveCost:
     message_cpu_s: float = 0.0
     byte_cpu_s: float = 0.0
     wire: float = 1.0
+    incast: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -136,15 +138,16 @@ class Profile:
         for name in ("bandwidth_bytes_per_s", "node_bandwidth_bytes_per_s"):
             if getattr(self, name) is not None:
                 numbers[name] = getattr(self, name)
-        numbers |= {f"{name}.wire": cost.wire for name, cost in self.collectives.items()}
+        for name, cost in self.collectives.items():
+            numbers |= {f"{name}.wire": cost.wire, f"{name}.incast": cost.incast}
         for name, value in numbers.items():
             if not _is_number(value) or value <= 0:
                 raise ValueError(f"a profile's {name} must be a number above zero, got {value!r}")
-        for name, cost in self.kernels.items():
-            sizes = [n for n, _ in cost.points]
+        for name, kernel in self.kernels.items():
+            sizes = [n for n, _ in kernel.points]
             if len(sizes) < 2 or any(low >= high for low, high in itertools.pairwise(sizes)):
                 raise ValueError(f"the cost of {name} needs two points or more, by growing elements, got {sizes}")
-            _require_costs(name, {"tensor_s": cost.tensor_s, "points": min(seconds for _, seconds in cost.points)})
+            _require_costs(name, {"tensor_s": kernel.tensor_s, "points": min(seconds for _, seconds in kernel.points)})
         for name, collective in self.collectives.items():
             _require_costs(name, vars(collective))
         for name in ("latency_s", "node_latency_s"):

@@ -26,13 +26,13 @@ def overwrite_ballots(state: SignVoteState, byte: int) -> None:
     pipeline = state._pipeline
 
     def cast(column: Column, grads: list[Tensor], raw: Tensor, scale: Tensor) -> Tensor:
-        payloads = type(pipeline)._cast(pipeline, column, grads, raw, scale)
+        payloads = type(pipeline).cast(pipeline, column, grads, raw, scale)
         for owner, at in enumerate(column.ballots.offsets):
             start, end, _ = column.ballots._cuts(owner)
             payloads[at + start : at + end] = byte
         return payloads
 
-    pipeline._cast = cast  # type: ignore[method-assign]
+    pipeline.cast = cast  # type: ignore[method-assign]
 
 
 def train_with_rank_0_sending(rank: int, byte: int, case: Case) -> str:
