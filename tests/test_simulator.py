@@ -270,7 +270,7 @@ def test_who_sends_more_pays_nowhere_below() -> None:
 
 def test_advice() -> None:
     slow, fast = Cluster(4, Link.parse("100mbit")), Cluster(4, Link.parse("100gbit"))
-    costly = profile(cast_planes=KernelCost.linear(0.05), power_sgd_pass=KernelCost.linear(0.1))
+    costly = profile(cast_planes=KernelCost.linear(0.05), power_sgd=KernelCost.linear(0.1))
     baselines = ["fp32", "bf16"]
 
     def advice(cluster: Cluster, texts: list[str], compute_s: float = 0.1) -> str:

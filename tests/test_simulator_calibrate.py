@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,9 +86,17 @@ def test_a_fast_link_says_nothing_of_its_bandwidth() -> None:
         assert cost.byte_cpu_s == pytest.approx(2e-9, rel=0.02)
 
 
+@pytest.fixture
+def alone() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("num_elements", [4096, 10_007])
-def test_every_kernel_has_a_probe_that_runs(num_elements: int) -> None:
-    found = probes(num_elements, 3, torch.device("cpu"))
+def test_every_kernel_has_a_probe_that_runs(num_elements: int, alone: dist.ProcessGroup) -> None:
+    found = probes(num_elements, 3, torch.device("cpu"), alone)
     assert {probe.name for probe in found} | {"power_sgd_rank"} == set(KERNELS)
     for probe in found:
         assert probe.elements > 0

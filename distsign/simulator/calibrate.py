@@ -284,11 +284,11 @@ def _kernels(ranks: Ranks, repeats: int, advance: Callable[[], object]) -> dict[
     few: dict[tuple[str, int], list[tuple[int, float]]] = {}
     many: dict[str, float] = {}
     for size, num_tensors in [*((size, FEW_TENSORS) for size in _KERNEL_SIZES), (_SIZE_OF_MANY, MANY_TENSORS)]:
-        for probe in probes(size, ranks.world_size, ranks.device, num_tensors):
+        for probe in probes(size, ranks.world_size, ranks.device, ranks.alone, num_tensors):
             if num_tensors > FEW_TENSORS and not (probe.by_tensor and probe.rank == 1):
                 continue
             found = ranks.time(probe.run, repeats, cold=True)
-            seconds = (found.cpu_s if ranks.device.type == "cpu" else found.wall_s) / probe.times
+            seconds = found.cpu_s if ranks.device.type == "cpu" else found.wall_s
             if num_tensors > FEW_TENSORS:
                 many[probe.name] = seconds
             else:
@@ -296,7 +296,7 @@ def _kernels(ranks: Ranks, repeats: int, advance: Callable[[], object]) -> dict[
         advance()
     costs = {name: _kernel_cost(points, many.get(name)) for (name, rank), points in few.items() if rank == 1}
     thickest = max(POWER_RANKS)
-    thin, thick = few["power_sgd_product", 1], few["power_sgd_product", thickest]
+    thin, thick = few["power_sgd", 1], few["power_sgd", thickest]
     further = [(n, max(0.0, long - short) / (thickest - 1)) for (n, short), (_, long) in zip(thin, thick, strict=True)]
     return {**costs, "power_sgd_rank": _kernel_cost(further, None)}
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
 from distsign.collectives import Link
 from distsign.confidence import RMSConfidence
@@ -25,7 +27,7 @@ __all__ = ["BITS", "MANY_TENSORS", "POWER_RANKS", "Probe", "probes"]
 BITS = 0.1
 """The budget at which sparse kernels are timed: most of their time is spent on planes, whatever the budget."""
 POWER_RANKS = (1, 4)
-"""Columns of the thin matrices that products are timed with."""
+"""Of PowerSGD, with which it is timed."""
 MANY_TENSORS = 36
 """What a tensor costs by itself is seen from so many of them beside a few."""
 
@@ -39,12 +41,11 @@ class Probe:
     """A kernel of some size.
 
     Args:
-        name: in `Profile.kernels`; products with thin matrices of several ranks have one name.
+        name: in `Profile.kernels`; PowerSGD has one name for several ranks.
         elements: as the schemes count them.
         run: the call.
         by_tensor: whether it goes through tensors one by one.
-        rank: columns of a thin matrix; 1 elsewhere.
-        times: how often `run` does it.
+        rank: PowerSGD's; 1 elsewhere.
     """
 
     name: str
@@ -52,22 +53,29 @@ class Probe:
     run: Callable[[], object]
     by_tensor: bool = False
     rank: int = 1
-    times: int = 1
 
 
-def probes(num_elements: int, world_size: int, device: torch.device, num_tensors: int = FEW_TENSORS) -> list[Probe]:
+def probes(
+    num_elements: int,
+    world_size: int,
+    device: torch.device,
+    alone: dist.ProcessGroup,
+    num_tensors: int = FEW_TENSORS,
+) -> list[Probe]:
     """Return all kernels for a bucket of so many elements.
 
     Args:
         num_elements: at least 1024 per tensor.
         world_size: voters.
         device: where the gradient lies.
+        alone: of this rank only.
         num_tensors: in which the elements lie.
     """
     generator = torch.Generator().manual_seed(1)
     gradient = torch.randn(num_elements, generator=generator).to(device)
     tensors = list(torch.tensor_split(gradient, num_tensors))
-    found = [*_dense(gradient), *_power_sgd(gradient, tensors), *_top_k(gradient, world_size), *_steps(tensors)]
+    found = [*_dense(gradient), *_top_k(gradient, world_size), *_steps(tensors)]
+    found += _power_sgd(gradient.clone(), tensors, alone)
     for bits in (None, BITS):
         found += _vote(gradient, [tensor.numel() for tensor in tensors], world_size, bits)
     return found
@@ -83,37 +91,38 @@ def _dense(gradient: Tensor) -> list[Probe]:
     ]
 
 
-def _power_sgd(gradient: Tensor, tensors: Sequence[Tensor]) -> list[Probe]:
+@dataclass(frozen=True)
+class _Bucket:
+    """As much of DDP's bucket as torch's PowerSGD asks for."""
+
+    gradient: Tensor
+    tensors: list[Tensor]
+
+    def index(self) -> int:
+        return 0
+
+    def is_last(self) -> bool:
+        return True
+
+    def buffer(self) -> Tensor:
+        return self.gradient
+
+    def gradients(self) -> list[Tensor]:
+        return self.tensors
+
+
+def _power_sgd(gradient: Tensor, tensors: Sequence[Tensor], alone: dist.ProcessGroup) -> list[Probe]:
+    """Return the whole hook, whose all-reduces in a group of one rank take next to nothing."""
     sides = [int(tensor.numel() ** 0.5) for tensor in tensors]
     matrices = [tensor[: side * side].view(side, side) for tensor, side in zip(tensors, sides, strict=True)]
-    n, kept = sum(matrix.numel() for matrix in matrices), torch.zeros_like(gradient)
-    thickest = max(POWER_RANKS)
+    bucket, n = _Bucket(gradient, matrices), sum(matrix.numel() for matrix in matrices)
 
-    def thin(rank: int) -> list[Tensor]:
-        return [torch.randn(side, rank).to(gradient.device) for side in sides]
+    def hook(rank: int) -> Callable[[], object]:
+        state = powerSGD_hook.PowerSGDState(alone, matrix_approximation_rank=rank, start_powerSGD_iter=2)
+        state.iter = state.start_powerSGD_iter
+        return lambda: powerSGD_hook.powerSGD_hook(state, bucket).wait()
 
-    def products(rank: int) -> Callable[[], object]:
-        ps, qs = thin(rank), thin(rank)
-        into = [matrix.clone() for matrix in matrices]
-
-        def run() -> None:
-            for matrix, p, q in zip(matrices, ps, qs, strict=True):
-                torch.matmul(matrix, q, out=p)
-            for matrix, p, q in zip(matrices, ps, qs, strict=True):
-                torch.matmul(matrix.t(), p, out=q)
-            for target, p, q in zip(into, ps, qs, strict=True):
-                torch.matmul(p, q.t(), out=target)
-
-        return run
-
-    factors = thin(thickest)
-    num_factors = thickest * sum(factor.numel() for factor in factors)
-    return [
-        # The hook keeps neither the copy of a gradient nor the memory of the error from step to step.
-        Probe("power_sgd_pass", gradient.numel(), lambda: gradient - kept),
-        *(Probe("power_sgd_product", n, products(rank), by_tensor=True, rank=rank, times=3) for rank in POWER_RANKS),
-        Probe("power_sgd_orthogonal", num_factors, lambda: [torch.linalg.qr(f) for f in factors], by_tensor=True),
-    ]
+    return [Probe("power_sgd", n, hook(rank), by_tensor=True, rank=rank) for rank in POWER_RANKS]
 
 
 def _top_k(gradient: Tensor, world_size: int) -> list[Probe]:

@@ -66,6 +66,7 @@ class Ranks:
 
     Attributes:
         device: where tensors lie.
+        alone: a group of this rank only.
     """
 
     def __init__(self, per_node: int, per_machine: int) -> None:
@@ -88,6 +89,9 @@ class Ranks:
         if 1 < per_node < self.world_size:
             nodes = [list(range(k, k + per_node)) for k in range(0, self.world_size, per_node)]
             self._groups["node"] = _group(nodes, self.rank)
+        alone = _group([[k] for k in range(self.world_size)], self.rank)
+        assert alone is not None
+        self.alone = alone
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -100,6 +104,7 @@ class Ranks:
             if group is not None:
                 dist.destroy_process_group(group)
         self._groups.clear()
+        dist.destroy_process_group(self.alone)
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -20,8 +20,8 @@ COLLECTIVES = ("all_reduce_fp32", "all_reduce_bf16", "all_reduce_fp16", "all_to_
 """The collectives that schemes call."""
 
 KERNELS = (
-    *("to_half", "from_half", "power_sgd_pass", "power_sgd_product", "power_sgd_rank", "power_sgd_orthogonal"),
-    *("top_k_choose", "top_k_scatter", "node_mean", "step_mean", "step_planes", "step_sparse"),
+    *("to_half", "from_half", "power_sgd", "power_sgd_rank", "top_k_choose", "top_k_scatter", "node_mean"),
+    *("step_mean", "step_planes", "step_sparse"),
     *(f"{what}_{coded}" for what in ("cast", "count", "read") for coded in ("planes", "sparse")),
 )
 """What schemes compute."""

@@ -287,16 +287,11 @@ def _plan_power_sgd(scheme: Scheme, model: Model, buckets: list[Bucket], cluster
         matrices = sum(power_sgd_elements([shape], rank)[1] > 0 for shape in shapes)
         compressed = bucket.num_elements - whole
         reduced = [ring_all_reduce("all_reduce_fp32", n, 4, cluster) for n in (whole, p, q)]
-        # A product with one column reads the gradient once; each further column multiplies once more.
-        product = (
-            Kernel("power_sgd_product", compressed, matrices),
-            Kernel("power_sgd_rank", compressed, times=rank - 1),
-        )
-        before = Kernel("power_sgd_pass", bucket.num_elements, times=2)  # the error is added, and the sum copied
-        after = Kernel("power_sgd_pass", bucket.num_elements)  # the new error is the difference to what was sent
-        of_q, of_p = (Kernel("power_sgd_orthogonal", rank * n, matrices) for n in (q, p))
-        stages = (reduced[0], reduced[1], of_p, *product, reduced[2], *product, after)
-        jobs.append(Job(number, (before, of_q, *product), stages))
+        # The hook passes over the gradient six times: the error is added, the sum copied, a product gives P; another
+        # gives Q; a third decompresses, and the new error is the difference. Each further column costs the products.
+        further = Kernel("power_sgd_rank", compressed, times=(rank - 1) / 3)
+        before, between, after = ((Kernel("power_sgd", compressed, matrices, n / 6), further) for n in (3, 1, 2))
+        jobs.append(Job(number, before, (reduced[0], reduced[1], *between, reduced[2], *after)))
         total += sum(ring_all_reduce_bytes(n, 4, cluster.num_workers) for n in (whole, p, q))
     return _reduced(buckets, jobs, total, cluster)
 
