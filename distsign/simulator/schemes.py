@@ -37,7 +37,7 @@ class Kernel:
         name: in `Profile.kernels`.
         elements: that it goes through.
         tensors: in which they lie.
-        times: how often it is called.
+        times: how often it is called; a fraction for a part of it.
     """
 
     name: str
