@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ class Runner:
         self._program, self._store, self._jobs, self._deadline = program, store, jobs, deadline
         self._on_end, self._on_wait = on_end, on_wait
         self._running: list[_Running] = []
+        self._lengths: dict[tuple[Any, ...], list[float]] = {}  # seconds, by kind of work
+        for result in store.results:
+            self._note_length(result)
         self._folder = store.folder / "running"
 
     def run(self, cells: Sequence[Checked]) -> None:
@@ -137,6 +141,7 @@ class Runner:
             error,
         )
         self._store.add(result)
+        self._note_length(result)
         self._remove(running)
         self._on_end(running.checked, result)
 
@@ -153,10 +158,12 @@ class Runner:
         return total / self._jobs
 
     def _expected_s(self, checked: Checked) -> float | None:
-        wanted = _work(checked.configuration)
-        good = [each for each in self._store.results if each.error is None]
-        alike = [each.wall_s for each in good if _work(each.configuration) == wanted] or [each.wall_s for each in good]
+        alike = self._lengths.get(_work(checked.configuration)) or list(chain(*self._lengths.values()))
         return sum(alike) / len(alike) if alike else None
+
+    def _note_length(self, result: Result) -> None:
+        if result.error is None:
+            self._lengths.setdefault(_work(result.configuration), []).append(result.wall_s)
 
     def _end_all(self) -> None:
         """End what still runs: torchrun ends its ranks when it is asked to."""
