@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import hashlib
 import io
 import json
@@ -130,12 +131,21 @@ class _IndexUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         known = (module, name) in self._NAMES
         if "." not in name and (known or module in {"torch", "torch.distributed.checkpoint.metadata"}):
             found = super().find_class(module, name)
             if known or isinstance(found, torch.dtype) or getattr(found, "__module__", None) == module != "torch":
                 return found
         raise pickle.UnpicklingError(f"{_METADATA} wants to use {module}.{name}, which no checkpoint does")
+
+
+def _member(kind: object, name: str) -> enum.Enum:
+    """Return a member of an enumeration, which Python 3.11.0 to 3.11.3 pickle as a call of `getattr`."""
+    if isinstance(kind, enum.EnumMeta) and name in kind.__members__:
+        return kind.__members__[name]
+    raise pickle.UnpicklingError(f"{_METADATA} wants {name!r} of {kind!r}, which no checkpoint does")
 
 
 class Reader(FileSystemReader):
