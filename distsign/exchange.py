@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distsign.admission import Admission
 from distsign.collectives import Link
+from distsign.digest import find_damaged
 from distsign.kernels import Kernels
 from distsign.layout import IntArray
 from distsign.owner import Owner
@@ -161,7 +162,7 @@ class VoteExchange:
 
     def share_in_node(self, payloads: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Return what every rank of the node has: each its `payloads`, uint8 of `sizes[local_rank]` bytes."""
-        return list(torch.split(_share(self._node, payloads, sizes, "verdicts within a node"), list(sizes)))
+        return list(torch.split(self._node.share(payloads, sizes, "verdicts within a node"), list(sizes)))
 
     def vote(
         self, ballots: Form, verdicts: Form, buffer: Tensor, owner: Owner, starts: IntArray, kernels: Kernels
@@ -193,7 +194,7 @@ class VoteExchange:
         received = found.view(self.num_voters, own)
         poisoned = self.admission.poison(self._check(ballots, {self.rank: received}, self.local_rank))
         payload = self._count(ballots, verdicts, self.rank, received, poisoned, owner, starts, kernels)
-        return _share(self._voters, payload, verdicts.sizes, "verdicts to all ranks")
+        return self._voters.share(payload, verdicts.sizes, "verdicts to all ranks")
 
     def read(self, verdicts: Form, payloads: Tensor, kernels: Kernels, column: int = 0) -> Verdicts:
         """Open what `vote` returned, here or on another rank of the node, the one of number `column`.
@@ -284,7 +285,7 @@ class VoteExchange:
         poisoned = (rows[:, POISON_BYTE] & POISON_FLAG) != 0
         foreign = form.foreign(owners, rows)
         if self._checksum:
-            damaged = torch.cat([form.damaged(part) for part in payloads.values()])
+            damaged = torch.cat([find_damaged(part) for part in payloads.values()])
             writers = torch.tensor([k * self._ranks_per_node + column for k in senders], device=rows.device)
             self._damage = torch.maximum(self._damage.to(rows.device), (damaged * (1 + writers)).max())
             poisoned = poisoned | damaged
@@ -294,7 +295,7 @@ class VoteExchange:
                 k = int(foreign.nonzero()[0])
                 Header.expect(bytes(rows[k].tolist()), form.headers[owners[k]], sender=senders[k], receiver=self.rank)
             return poisoned
-        bad = foreign.any() | (self._damage != 0)
+        bad = foreign.any()  # of what came damaged `agree` takes note
         self._mismatch = bad if self._mismatch is None else self._mismatch | bad
         return poisoned | bad
 
@@ -354,12 +355,6 @@ class VoteExchange:
                 "checksum did not match; that step was poisoned on all ranks. The ranks do not train the same model "
                 "with the same options, or a link or a memory is faulty"
             )
-
-
-def _share(link: Link, payload: Tensor, sizes: Sequence[int], what: str) -> Tensor:
-    """Return the payloads of all ranks of a link, of these sizes, one after the other."""
-    copies = payload.expand(link.world_size, -1)
-    return link.all_to_all(copies, [payload.numel()] * link.world_size, list(sizes), what)
 
 
 def _mean(rows: Tensor) -> Tensor:

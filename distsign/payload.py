@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distsign.digest import find_damaged, write_checksum
+from distsign.digest import write_checksum
 from distsign.kernels import Kernels, plane_bytes
 from distsign.layout import IntArray, Layout
 from distsign.sizes import caps_at
@@ -256,16 +256,6 @@ class Form:
         differences = headers ^ self._tables[key]
         differences[:, POISON_BYTE] &= ~POISON_FLAG & 0xFF
         return differences.any(1)
-
-    def damaged(self, payloads: Tensor) -> Tensor:
-        """Return which payloads are not as they were sealed, bool `[num_senders]`; all False without a checksum.
-
-        Args:
-            payloads: uint8 `[num_senders, any]`, all of one owner.
-        """
-        if not self.layout.checksum:
-            return payloads.new_zeros(payloads.shape[0], dtype=torch.bool)
-        return find_damaged(payloads)
 
     def open(self, owner: int, payloads: Tensor) -> Opened:
         """Take apart one owner's payloads from several senders; nothing is checked yet.

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distsign.admission import Admission
 from distsign.collectives import Link
 from distsign.exchange import VoteExchange
 from distsign.kernels import cpu
@@ -39,19 +38,18 @@ HANG_S = 60.0
 NUM_VALID = 6
 
 
-class FakeLink:
+class FakeLink(Link):
     """A link from which comes what the test puts there."""
 
     def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__(None)
         self.rank, self.world_size = rank, world_size
-        self.sent_bytes = self.received_bytes = 0
-        self.group = None
         self.arriving: list[Tensor] = []
 
-    def all_to_all(self, source: Tensor, send: list[int], receive: list[int], what: str) -> Tensor:
+    def all_to_all(self, source: Tensor, send: list[int], receive: list[int], what: str = "") -> Tensor:
         return self.arriving.pop() if self.arriving else source.reshape(-1)
 
-    def all_gather(self, source: Tensor, what: str) -> Tensor:
+    def all_gather(self, source: Tensor, what: str = "") -> Tensor:
         return self.arriving.pop()
 
 
@@ -60,10 +58,8 @@ class Votes:
 
     def __init__(self, setting: Setting, rng: np.random.Generator, tried: Counter[tuple[str, str]]) -> None:
         self.setting, self.rng, self.tried = setting, rng, tried
-        self.exchange = VoteExchange(Link(None), setting.kind, checksum=setting.layout.checksum)
         self.link = FakeLink(setting.rank, setting.num_voters)
-        self.exchange._voters = self.link  # type: ignore[assignment]
-        self.exchange.admission = Admission(setting.num_voters)
+        self.exchange = VoteExchange(self.link, setting.kind, checksum=setting.layout.checksum)
         self.owner = make_owner(setting.owner_carry, setting.margin, setting.num_voters, forget=setting.forget)
         self.slow = SlowOwner(setting.owner_carry, setting.margin, setting.num_voters, setting.forget)
         owners, honesty = range(setting.num_voters), float(rng.choice([1.0, 0.8, 0.0, 0.0]))

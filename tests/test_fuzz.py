@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distsign.collectives import Link
+from distsign import exchange
 from distsign.exchange import VoteExchange
 from distsign.kernels import Kernels, SparseCode, cpu, jit_sparse, reference
 from distsign.layout import Layout, Shape
 from distsign.owner import make_owner
-from distsign.payload import Form, forms
+from distsign.payload import forms
 from distsign.wire import HEADER_BYTES, Codec, Header, PayloadError
 from tests import fuzz
 from tests.fuzz_cases import CHANGES
@@ -203,7 +203,7 @@ def take_any_header(data: bytes, expected: Header, *, sender: int, receiver: int
     return expected
 
 
-def see_no_damage(form: Form, payloads: Tensor) -> Tensor:
+def see_no_damage(payloads: Tensor) -> Tensor:
     return torch.zeros(payloads.shape[0], dtype=torch.bool)
 
 
@@ -221,7 +221,7 @@ def count_with_another_margin(payloads: Tensor, body_at: int, num_bytes: int, ma
     ("place", "name", "defect"),
     [
         (Header, "expect", take_any_header),
-        (Form, "damaged", see_no_damage),
+        (exchange, "find_damaged", see_no_damage),
         (cpu, "decode_sparse", take_any_body),
         (cpu, "tally", count_with_another_margin),
     ],
@@ -252,8 +252,7 @@ def test_a_rank_that_votes_beyond_a_cap_is_named(kind: str) -> None:
 
     second = 8 * int(layout.owned(0)[0].mask_at[1])
     several = [[0, *range(second + 10 * k, second + 10 * k + 10)] for k in range(4)]
-    exchange, link = VoteExchange(Link(None), kind), fuzz.FakeLink(0, 4)
-    exchange._voters = link  # type: ignore[assignment]
+    exchange = VoteExchange(link := fuzz.FakeLink(0, 4), kind)
 
     def vote(rows: list[list[int]]) -> Tensor:
         arrived = torch.stack([payloads(row) for row in rows])

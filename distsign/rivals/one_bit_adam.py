@@ -80,7 +80,7 @@ class OneBitAdam(HookRival):
             for piece, column in zip(pieces, columns, strict=True)
         ]
         verdict = torch.cat(back)
-        found = link.all_to_all(verdict.repeat(world_size), [verdict.numel()] * world_size, sizes)
+        found = link.share(verdict, sizes)
         parts = iter(torch.split(found, [part.numel() for part in by_owner]))
         for k in range(world_size):
             for piece in pieces:

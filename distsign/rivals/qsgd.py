@@ -68,7 +68,7 @@ class QSGD(StochasticRival):
         lengths = link.all_gather(torch.tensor([payload.numel() for payload in payloads], device=device)).cpu()
         sizes: list[int] = lengths.sum(1).tolist()
         mine = torch.cat(payloads).to(device)
-        everyones = link.all_to_all(mine.repeat(link.world_size), [mine.numel()] * link.world_size, sizes).cpu()
+        everyones = link.share(mine, sizes).cpu()
         parts = iter(torch.split(everyones, lengths.flatten().tolist()))
         for piece in pieces:
             piece.gradient.zero_()

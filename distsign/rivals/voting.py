@@ -40,7 +40,7 @@ class VotingRival(HookRival):
         rows = received.view(link.world_size, own)
         tally = sum(unpack_bits(row, shards[link.rank].numel()).int() for row in rows)
         verdict = pack_bits(torch.as_tensor(2 * tally >= link.world_size))
-        back = link.all_to_all(verdict.repeat(link.world_size), [own] * link.world_size, sizes)
+        back = link.share(verdict, sizes)
         verdicts = [
             unpack_bits(part, shard.numel()) for part, shard in zip(torch.split(back, sizes), shards, strict=True)
         ]

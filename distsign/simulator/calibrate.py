@@ -119,9 +119,8 @@ def fit_collectives(
     for kind, (call_s, _, byte_s, more_s) in walls.items():
         call_cpu, message_cpu, byte_cpu = cpus[kind]
         if not is_limit:
-            byte_cpu = max(
-                byte_cpu, (byte_s + more_s) / stretch
-            )  # what the process is not charged for is the kernel's work
+            # What the process is not charged for is the kernel's work.
+            byte_cpu = max(byte_cpu, (byte_s + more_s) / stretch)
         is_ring = kind != "all_to_all"
         found[kind] = CollectiveCost(
             call_s=max(0.0, call_s - stretch * call_cpu - (0.0 if is_ring else latency)),
