@@ -86,8 +86,7 @@ def _quantity(parse: Any) -> Any:
 def _simulate(options: argparse.Namespace) -> int:
     sys.path.insert(0, os.getcwd())  # for module:function, as python -m has it
     for path in filter(None, (options.json, options.csv, options.picture)):
-        if not path.parent.is_dir():
-            raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+        _require_place(path)
     profile = Profile.load(options.profile) if options.profile else Profile.ideal()
     cluster = _cluster(options, profile)
     model = load_model(options.model)
@@ -119,6 +118,13 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.picture:
         draw(steps, options.picture)
     return 0
+
+
+def _require_place(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder; name a file in it")
 
 
 def _possible(step: Callable[[Scheme], Step], schemes: Iterable[Scheme]) -> Iterator[Step]:
@@ -177,8 +183,7 @@ def _calibrate(options: argparse.Namespace) -> int:
 
     if not options.seconds > 0:
         raise ValueError(f"--seconds must be above zero, got {options.seconds:g}")
-    if not options.profile.parent.is_dir():
-        raise ValueError(f"cannot write {options.profile}: there is no folder {options.profile.parent}")
+    _require_place(options.profile)
     profile = calibrate_under_torchrun(
         backend=options.backend,
         nominal_bytes_per_s=options.link,
@@ -188,4 +193,9 @@ def _calibrate(options: argparse.Namespace) -> int:
     if profile is not None:  # on rank 0
         profile.save(options.profile)
         sys.stdout.write(f"written to {options.profile}\n")
+        if options.link is not None and not profile.facts["link_is_the_limit"]:
+            sys.stdout.write(
+                "the link named was not measured: it is not what held these ranks up (ranks of one machine use none). "
+                "Its bandwidth stands in the profile as named\n"
+            )
     return 0

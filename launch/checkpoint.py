@@ -11,7 +11,7 @@ import contextlib
 import io
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,17 @@ class Checkpoint:
 
     Attributes:
         shared: what was the same on all ranks.
-        ranks: what each of those that wrote it had kept for itself.
+        ranks: what each of those that wrote it had kept for itself; empty on a rank that has its `own`.
         path: the file it is from.
         warning: why that is not the file that was asked for, in words; None where it is.
+        own: what this rank had kept for itself; None where another number of ranks wrote it, which have it in `ranks`.
     """
 
     shared: dict[str, Any]
     ranks: list[dict[str, Any]]
     path: str
     warning: str | None = None
+    own: dict[str, Any] | None = None
 
 
 def previous_of(path: str) -> str:
@@ -65,11 +67,24 @@ def save(path: str, shared: dict[str, Any], own: dict[str, Any], ranks: Ranks) -
         shared: what is the same on all ranks; rank 0's is kept.
         own: what this rank keeps for itself, such as carries.
         ranks: this process's place.
+
+    Raises:
+        UsageError: on all ranks alike, where the file cannot be written, as on a full disk.
     """
     everyones: list[Any] | None = [None] * ranks.world_size if ranks.is_first else None
     dist.gather_object(own, everyones)
+    trouble: list[str | None] = [None]
     if ranks.is_first:
-        write(path, {"shared": shared, "ranks": everyones})
+        try:
+            write(path, {"shared": shared, "ranks": everyones})
+        except OSError as error:
+            trouble[0] = (
+                f"--checkpoint {path} of step {shared['step']} cannot be written: {error.strerror or error}; what was "
+                "written before is whole. Make room, then go on from it with --resume"
+            )
+    dist.broadcast_object_list(trouble, src=0)
+    if trouble[0] is not None:
+        raise UsageError(trouble[0])
 
 
 def write(path: str, content: dict[str, Any]) -> None:
@@ -120,7 +135,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def load(path: str, resume: str, trajectory: dict[str, Any], ranks: Ranks) -> Checkpoint | None:
-    """Read a checkpoint on rank 0's machine and hand it to every rank.
+    """Read a checkpoint on rank 0's machine and hand every rank what is its own, or all where ranks have changed.
 
     All ranks must call it.
 
@@ -144,11 +159,19 @@ def load(path: str, resume: str, trajectory: dict[str, Any], ranks: Ranks) -> Ch
             message[0] = choose(path, resume, trajectory, ranks.world_size)
         except UsageError as error:
             message[0] = str(error)
+    owns: list[dict[str, Any] | None] = [None] * ranks.world_size
+    if isinstance(message[0], Checkpoint) and len(message[0].ranks) == ranks.world_size:
+        owns = [*message[0].ranks]
+        message[0] = replace(message[0], ranks=[])
     dist.broadcast_object_list(message, src=0)
     if isinstance(message[0], str):
         raise UsageError(message[0])
     found: Checkpoint | None = message[0]
-    return found
+    if found is None or found.ranks:
+        return found
+    own: list[dict[str, Any] | None] = [None]
+    dist.scatter_object_list(own, owns if ranks.is_first else None, src=0)
+    return replace(found, own=own[0])
 
 
 def choose(path: str, resume: str, trajectory: dict[str, Any], world_size: int) -> Checkpoint | None:

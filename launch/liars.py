@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line; names and defaults are those of `launch.train` where it has them too."""
+    """Return the parser of the command line; names are those of `launch.train` where it has them too."""
     out = _Parser(
         prog="launch.liars",
         description=(__doc__ or "").split(": ", 1)[1].split("\n", 1)[0],
@@ -177,14 +177,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     with tqdm(total=num_steps, unit="step", desc=f"{options.defence}, {options.attack}") as bar:
         outcome = this.train(bar)
-    sent, received = (num_steps * each for each in this.bytes_of_step())
+    done_steps = outcome.num_steps  # fewer than asked where a payload that nobody can read has ended the run
+    sent, received = (done_steps * each for each in this.bytes_of_step())
     done: dict[str, Any] = {
-        "step": num_steps,
-        "epoch": num_steps / this.task.steps_per_epoch(Shard(0, options.workers, options.batch_size, options.seed)),
+        "step": done_steps,
+        "epoch": done_steps / this.task.steps_per_epoch(Shard(0, options.workers, options.batch_size, options.seed)),
         task.metric: this.metric(),
         "sent_bytes": sent,
         "received_bytes": received,
-        "fp32_bytes": num_steps * ring_all_reduce_bytes(num_parameters, 4, options.workers),
+        "fp32_bytes": done_steps * ring_all_reduce_bytes(num_parameters, 4, options.workers),
         "kind": "formula",
         "ballot_density": outcome.ballot_density,
         "num_poisoned_steps": outcome.num_poisoned_steps,

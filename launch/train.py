@@ -317,6 +317,8 @@ class Trainer:
             self._note(f"warning: {found.warning}")
         try:
             self._take_over(found)
+        except UsageError:
+            raise
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             # The options are the same, so the code was another: the model's layers, or what a hook keeps.
             raise UsageError(
@@ -325,8 +327,7 @@ class Trainer:
             ) from error
 
     def _take_over(self, found: checkpoint.Checkpoint) -> None:
-        shared, owns = found.shared, found.ranks
-        own = owns[self.ranks.rank] if len(owns) == self.ranks.world_size else self._inherited(owns)
+        shared, own = found.shared, found.own or self._inherited(found.ranks)
         self.net.load_state_dict(shared["model"])
         self.optimizer.load_state_dict(shared["optimizer"])
         self.combiner.load_state_dict(own["hook"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -15,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from launch import checkpoint
 from launch.checkpoint import UnusableError, previous_of, read, write
 from launch.options import UsageError
+from launch.runtime import Ranks
 from tests.distributed.ranks import REPOSITORY
 
 TRAJECTORY = {"task": "fashion-mnist-lenet", "width": 1, "lr": 1e-3, "num_steps": 9}
@@ -213,3 +216,28 @@ def test_whenever_a_writer_is_killed_a_whole_checkpoint_is_left(path: str) -> No
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def alone() -> Iterator[Ranks]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks(0, 1, 0, 1)
+    dist.destroy_process_group()
+
+
+def test_a_full_disk_is_said_and_costs_nothing_that_was_written(
+    two: str, alone: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    content = content_of(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_room)
+        with pytest.raises(UsageError, match="of step 3 cannot be written: No space left on device; what was written"):
+            checkpoint.save(two, content["shared"], content["ranks"][0], alone)
+    found = checkpoint.load(two, "must", TRAJECTORY, alone)
+    assert step_of(found) == 2 and found is not None and found.own is not None
+    assert torch.equal(found.own["rng"], torch.arange(2)) and not found.ranks
+    checkpoint.save(two, content["shared"], content["ranks"][0], alone)
+    assert step_of(choose(two, "must")) == 3

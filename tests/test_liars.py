@@ -28,6 +28,12 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert done["fp32_bytes"] / (done["sent_bytes"] + done["received_bytes"]) == pytest.approx(16, rel=0.05)
 
 
+def test_a_run_that_ends_early_says_how_far_it_came() -> None:
+    done = run("--attack", "malformed", "--liars", "1")
+    assert done["ended_early"] and done["step"] == 0
+    assert done["sent_bytes"] == done["received_bytes"] == done["fp32_bytes"] == 0
+
+
 @pytest.mark.parametrize("attack", [name for name in ATTACKS if name != "none"])
 def test_every_attack_against_every_kind_of_defence(attack: str) -> None:
     for defence in (["--defence", "median"], ["--max-poison-streak", "1", "--margin", "2", "--exchange", "all_gather"]):

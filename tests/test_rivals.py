@@ -47,6 +47,14 @@ def test_sent_and_kept_is_the_gradient_and_what_was_kept(name: str, shape: tuple
         assert before.abs().max() > 0, "else nothing was kept"
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (7,)])
+def test_terngrad_moves_a_tensor_without_deviation(shape: tuple[int, ...]) -> None:
+    rival = make_rival("terngrad")
+    assert isinstance(rival, GatheringRival)
+    gradient = torch.full(shape, -0.25)
+    assert torch.equal(decoded(rival, rival.encode("p", gradient), shape), gradient)
+
+
 def test_dgc_sends_what_it_has_gathered() -> None:
     rival = make_rival("dgc", density=0.1, warmup_steps=0)
     assert isinstance(rival, GatheringRival)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -385,6 +386,7 @@ def test_profiles_that_are_refused(tmp_path: Path) -> None:
         (good.replace('"efficiency": 1.0', '"efficiency": 0'), "efficiency must be"),
         (good.replace('"device": "cpu"', '"device": "abacus"'), "device must be"),
         (good.replace('"latency_s": 0.0', '"latency_s": "fast"'), "latency_s must be"),
+        (re.sub(r'("to_half": \{\s*"points": \[\s*\[\s*[\d.]+,\s*)[\d.]+', r"\1NaN", good), "seconds of to_half"),
     ):
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(ValueError, match=words):

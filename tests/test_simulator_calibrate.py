@@ -11,10 +11,10 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distsign.simulator.calibrate import bandwidth_of, fit_collectives, non_negative_fit
-from distsign.simulator.kernel_probe import probes
+from distsign.simulator.calibrate import bandwidth_of, fit_collectives, kernel_sizes, non_negative_fit
+from distsign.simulator.kernel_probe import BITS, MANY_TENSORS, probes, vote_probes
 from distsign.simulator.probe import Call, Timing
-from distsign.simulator.profile import COLLECTIVES, KERNELS
+from distsign.simulator.profile import COLLECTIVES, FEW_TENSORS, KERNELS
 
 SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 20, 1 << 22)
 
@@ -84,6 +84,29 @@ def test_a_fast_link_says_nothing_of_its_bandwidth() -> None:
     assert fit.bandwidth_bytes_per_s == 1.25e9
     for cost in fit.collectives.values():
         assert cost.byte_cpu_s == pytest.approx(2e-9, rel=0.02)
+
+
+def test_ranks_of_one_machine_say_nothing_of_the_link_that_is_named() -> None:
+    """Loopback carries 1.6 GB/s where 1 Gbit/s was named: a cluster's links are not predicted as fast as that."""
+    calls = made(1.6e9, 1e-10)
+    fit = fit_collectives(calls, 2.0, bandwidth_of(of_two(calls)), nominal_bytes_per_s=1.25e8)
+    assert not fit.is_limit
+    assert fit.bandwidth_bytes_per_s == 1.25e8
+
+
+@pytest.mark.parametrize("world_size", [2, 14, 16, 33, 64])
+def test_votes_of_many_ranks_are_timed_at_sizes_that_a_budget_allows(world_size: int) -> None:
+    sizes, size_of_many = kernel_sizes(world_size)
+    for size, num_tensors in ((sizes[0], FEW_TENSORS), (size_of_many, MANY_TENSORS)):
+        lengths = [size // num_tensors] * num_tensors
+        for probe in vote_probes(torch.randn(sum(lengths)), lengths, world_size, BITS):
+            probe.run()
+
+
+@pytest.mark.parametrize("world_size", [2, 1000, 4096, 100_000])
+def test_a_cost_has_two_points_or_more(world_size: int) -> None:
+    sizes, _ = kernel_sizes(world_size)
+    assert len(sizes) > 1 and sorted({*sizes}) == [*sizes]
 
 
 @pytest.fixture

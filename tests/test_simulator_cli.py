@@ -68,7 +68,10 @@ BAD = {
     "no folder": (["--json", "/absent/a.json"], "there is no folder"),
     "both times": (["--compute", "1s", "--throughput", "3"], "give one of them"),
     "throughput without a batch": (["--throughput", "3"], "needs --batch-size"),
-    "negative bucket": (["--bucket-mb", "-1"], "must be above zero MiB"),
+    "negative bucket": (["--bucket-mb", "-1"], "must be a number of MiB above zero"),
+    "endless bucket": (["--bucket-mb", "inf"], "must be a number of MiB above zero, got inf"),
+    "a module that wants arguments": (["--model", "torch.nn:Linear"], "cannot be called without arguments"),
+    "a folder as a file": (["--json", "/tmp"], "it is a folder"),
     "impossible budget": (["--scheme", "sparse:bits=1e-5"], "bits_per_param"),
     "unknown option": (["--sheme", "fp32"], "unrecognized arguments"),
 }

@@ -20,7 +20,8 @@ class TernGrad(StochasticRival, GatheringRival):
 
         s = max |g|       sent = s sign(g) z       z = 1 with probability |g| / s, else 0
 
-    Unbiased but for the clipping, which first limits each tensor to `clip` standard deviations (Eq. 13).
+    Unbiased but for the clipping, which first limits each tensor to `clip` standard deviations (Eq. 13). A tensor
+    without any deviation, as of one element, is not clipped: it would never move.
 
     Sent: two bits a component and one float32 a tensor; the paper counts log2(3) = 1.58 bits. Each rank has its own
     scale, where the paper may share the largest, so that a server can add integers.
@@ -38,7 +39,8 @@ class TernGrad(StochasticRival, GatheringRival):
         """See `GatheringRival`."""
         if self.clip:
             limit = self.clip * gradient.std(correction=0).item()
-            gradient = gradient.clamp(-limit, limit)
+            if limit > 0:
+                gradient = gradient.clamp(-limit, limit)
         scale = gradient.abs().max()
         chosen = self.uniform(name, gradient) * scale < gradient.abs()
         return torch.cat([float_bytes(scale), pack_bits(chosen), pack_bits(gradient > 0)])

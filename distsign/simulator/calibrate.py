@@ -24,14 +24,25 @@ from distsign.simulator.kernel_probe import MANY_TENSORS, POWER_RANKS, probes
 from distsign.simulator.probe import Call, Ranks, joined_ranks, num_ranks
 from distsign.simulator.profile import COLLECTIVES, FEW_TENSORS, CollectiveCost, KernelCost, Profile
 
-__all__ = ["bandwidth_of", "calibrate", "calibrate_under_torchrun", "fit_collectives", "non_negative_fit"]
+__all__ = [
+    "bandwidth_of",
+    "calibrate",
+    "calibrate_under_torchrun",
+    "fit_collectives",
+    "kernel_sizes",
+    "non_negative_fit",
+]
 
 _SIZES = (1 << 10, 1 << 15, 1 << 17, 1 << 19, 1 << 21, 1 << 23)
 _KERNEL_SIZES = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 _SIZE_OF_MANY = 1 << 18
+_LEAST_PER_RANK = 1 << 11
+"""Elements of a kernel's size for each rank, four times that of many tensors: below, no budget leaves each payload its
+header and a slot for each tensor."""
 _WORK_S = 0.15
-_LINK_LIMITED = 0.7
-"""Of the nominal bandwidth: below it something else is the limit, and says nothing of the link."""
+_LINK_LIMITED = (0.7, 1.25)
+"""Of the nominal bandwidth: below it something else is the limit, and above it the ranks use another link, as ranks of
+one machine do; neither says anything of the one that was named."""
 
 Array = npt.NDArray[np.float64]
 
@@ -91,7 +102,8 @@ def fit_collectives(
         calls: what was timed, of each kind on several sizes.
         stretch: how many times longer work takes because ranks share cores.
         bandwidth_bytes_per_s: what two ranks got through the link while the others were silent; see `bandwidth_of`.
-        nominal_bytes_per_s: what the link is sold as; None where that is not known.
+        nominal_bytes_per_s: what the link is sold as; None where that is not known. It stands where the processor is
+            slower, and where the ranks found a link that is faster, and so another.
     """
     walls, cpus = {}, {}
     for kind in dict.fromkeys(call.kind for call in calls):
@@ -109,7 +121,8 @@ def fit_collectives(
     bandwidth, least_cpu = bandwidth_bytes_per_s, min(cost[2] for cost in cpus.values())
     is_limit = 1 / bandwidth > 1.2 * least_cpu
     if nominal_bytes_per_s is not None:
-        is_limit = bandwidth >= _LINK_LIMITED * nominal_bytes_per_s
+        least, most = (share * nominal_bytes_per_s for share in _LINK_LIMITED)
+        is_limit = least <= bandwidth <= most
         bandwidth = bandwidth if is_limit else nominal_bytes_per_s
     fastest = max(min(cost[2] for cost in walls.values()), 1 / bandwidth)
     delays = {kind: max(0.0, walls[kind][1] - stretch * cpus[kind][1]) for kind in walls}
@@ -185,7 +198,8 @@ def calibrate(
     All ranks must call it, on an otherwise quiet machine.
 
     Args:
-        nominal_bytes_per_s: what the link is sold as; the profile then holds for links of other bandwidths too.
+        nominal_bytes_per_s: what the link is sold as; the profile then holds for links of other bandwidths too. Ranks
+            that all share a machine do not use it: of that link the profile has no more than this figure.
         ranks_per_node: consecutive ranks that share a link; None: `LOCAL_WORLD_SIZE`.
         ranks_per_machine: consecutive ranks that share cores; None: `LOCAL_WORLD_SIZE`.
         seconds: about how long collectives may take, beside kernels, which take half a minute on two cores and more
@@ -218,7 +232,7 @@ def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, 
         for group in ranks.groups
         for kind in (COLLECTIVES if group != "one link" else ("all_reduce_fp32", "all_to_all"))
     ]
-    with _progress(len(plan) + len(_KERNEL_SIZES) + 2, ranks.rank) as advance:
+    with _progress(len(plan) + len(kernel_sizes(ranks.world_size)[0]) + 2, ranks.rank) as advance:
         cores = _cores(ranks, repeats) if on_cpu else math.inf
         stretch = max(1.0, ranks.per_machine / cores)
         advance()
@@ -282,7 +296,8 @@ def _kernels(ranks: Ranks, repeats: int, advance: Callable[[], object]) -> dict[
     """
     few: dict[tuple[str, int], list[tuple[int, float]]] = {}
     many: dict[str, float] = {}
-    for size, num_tensors in [*((size, FEW_TENSORS) for size in _KERNEL_SIZES), (_SIZE_OF_MANY, MANY_TENSORS)]:
+    sizes, size_of_many = kernel_sizes(ranks.world_size)
+    for size, num_tensors in [*((size, FEW_TENSORS) for size in sizes), (size_of_many, MANY_TENSORS)]:
         for probe in probes(size, ranks.world_size, ranks.device, ranks.alone, num_tensors):
             if num_tensors > FEW_TENSORS and not (probe.by_tensor and probe.rank == 1):
                 continue
@@ -293,20 +308,34 @@ def _kernels(ranks: Ranks, repeats: int, advance: Callable[[], object]) -> dict[
             else:
                 few.setdefault((probe.name, probe.rank), []).append((probe.elements, seconds))
         advance()
-    costs = {name: _kernel_cost(points, many.get(name)) for (name, rank), points in few.items() if rank == 1}
+    costs = {
+        name: _kernel_cost(points, many.get(name), size_of_many) for (name, rank), points in few.items() if rank == 1
+    }
     thickest = max(POWER_RANKS)
     thin, thick = few["power_sgd", 1], few["power_sgd", thickest]
     further = [(n, max(0.0, long - short) / (thickest - 1)) for (n, short), (_, long) in zip(thin, thick, strict=True)]
-    return {**costs, "power_sgd_rank": _kernel_cost(further, None)}
+    return {**costs, "power_sgd_rank": _kernel_cost(further, None, size_of_many)}
 
 
-def _kernel_cost(points: Sequence[tuple[int, float]], of_many: float | None) -> KernelCost:
+def kernel_sizes(num_voters: int) -> tuple[tuple[int, ...], int]:
+    """Return the sizes at which kernels are timed, in elements, and the one of many tensors.
+
+    Example:
+        >>> [size.bit_length() - 1 for size in kernel_sizes(64)[0]], kernel_sizes(64)[1] == 2**19
+        ([18, 20, 22, 24], True)
+    """
+    least = _LEAST_PER_RANK * num_voters
+    sizes = tuple(size for size in _KERNEL_SIZES if size >= least)
+    return sizes if len(sizes) > 1 else (least, 4 * least), max(_SIZE_OF_MANY, 4 * least)
+
+
+def _kernel_cost(points: Sequence[tuple[int, float]], of_many: float | None, size_of_many: int) -> KernelCost:
     # More elements do not take less time: what says so is noise.
     seconds = np.maximum.accumulate([seconds for _, seconds in points])
     cost = KernelCost(tuple((float(n), float(s)) for (n, _), s in zip(points, seconds, strict=True)))
     if of_many is None:
         return cost
-    tensor_s = (of_many - cost.seconds(_SIZE_OF_MANY)) / (MANY_TENSORS - FEW_TENSORS)
+    tensor_s = (of_many - cost.seconds(size_of_many)) / (MANY_TENSORS - FEW_TENSORS)
     return replace(cost, tensor_s=max(0.0, tensor_s))
 
 

@@ -22,7 +22,7 @@ from distsign.simulator.profile import FEW_TENSORS
 from distsign.statistics import VoteCounts
 from distsign.voter import rotating_starts
 
-__all__ = ["BITS", "MANY_TENSORS", "POWER_RANKS", "Probe", "probes"]
+__all__ = ["BITS", "MANY_TENSORS", "POWER_RANKS", "Probe", "probes", "vote_probes"]
 
 BITS = 0.1
 """The budget at which sparse kernels are timed: most of their time is spent on planes, whatever the budget."""
@@ -77,7 +77,7 @@ def probes(
     found = [*_dense(gradient), *_top_k(gradient, world_size), *_steps(tensors)]
     found += _power_sgd(gradient.clone(), tensors, alone)
     for bits in (None, BITS):
-        found += _vote(gradient, [tensor.numel() for tensor in tensors], world_size, bits)
+        found += vote_probes(gradient, [tensor.numel() for tensor in tensors], world_size, bits)
     return found
 
 
@@ -191,7 +191,7 @@ class _Alike(Link):
         return torch.split(source, send)[self.rank].repeat(self.world_size)
 
 
-def _vote(gradient: Tensor, lengths: Sequence[int], world_size: int, bits: float | None) -> list[Probe]:
+def vote_probes(gradient: Tensor, lengths: Sequence[int], world_size: int, bits: float | None) -> list[Probe]:
     """Return casting, counting and reading, as the pipeline does it for one exchange group."""
     device, n = gradient.device, gradient.numel()
     kernels, coded = kernels_for(device), "planes" if bits is None else "sparse"

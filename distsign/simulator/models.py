@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pkgutil
 import re
 from collections.abc import Iterable, Sequence
@@ -92,14 +93,14 @@ class Model:
             bytes_per_element: of the gradients.
 
         Raises:
-            ValueError: if `bucket_mb` is not above zero.
+            ValueError: if `bucket_mb` is not above zero, or infinite.
 
         Example:
             >>> [bucket.rows for bucket in Model.of([1 << 20, 1 << 17, 1 << 18]).buckets()]
             [(2,), (1, 0)]
         """
-        if bucket_mb is not None and not bucket_mb > 0:
-            raise ValueError(f"a bucket's size must be above zero MiB, got {bucket_mb:g}")
+        if bucket_mb is not None and not 0 < bucket_mb < math.inf:
+            raise ValueError(f"a bucket's size must be a number of MiB above zero, got {bucket_mb:g}")
         limit = (DEFAULT_BUCKET_MB if bucket_mb is None else bucket_mb) * (1 << 20)
         limits = [int(limit)] if bucket_mb is not None else [FIRST_BUCKET_BYTES, int(limit)]
         found: list[Bucket] = []
@@ -169,8 +170,14 @@ def _from_function(text: str) -> Model:
         raise ValueError(f"cannot find the model {text!r}, expected module:function: {error}") from error
     if not callable(function):
         raise ValueError(f"{text} is no function but {type(function).__name__}: name one that returns a model")
-    with torch.device("meta"):
-        made: Any = function()
+    try:
+        with torch.device("meta"):
+            made: Any = function()
+    except Exception as error:  # whatever the user's function raises
+        raise ValueError(
+            f"{text} cannot be called without arguments, or failed: {type(error).__name__}: {error}; name a function "
+            "that builds the model by itself"
+        ) from error
     try:
         return Model.of(made, text)
     except TypeError as error:

@@ -144,10 +144,7 @@ class Profile:
             if not _is_number(value) or value <= 0:
                 raise ValueError(f"a profile's {name} must be a number above zero, got {value!r}")
         for name, kernel in self.kernels.items():
-            sizes = [n for n, _ in kernel.points]
-            if len(sizes) < 2 or any(low >= high for low, high in itertools.pairwise(sizes)):
-                raise ValueError(f"the cost of {name} needs two points or more, by growing elements, got {sizes}")
-            _require_costs(name, {"tensor_s": kernel.tensor_s, "points": min(seconds for _, seconds in kernel.points)})
+            _require_kernel(name, kernel)
         for name, collective in self.collectives.items():
             _require_costs(name, vars(collective))
         for name in ("latency_s", "node_latency_s"):
@@ -195,6 +192,15 @@ class Profile:
             raise ValueError(f"the profile {path} is damaged ({error}), expected {known}; {again}") from error
         except ValueError as error:
             raise ValueError(f"the profile {path} is damaged: {error}") from error
+
+
+def _require_kernel(name: str, cost: KernelCost) -> None:
+    _require_costs(name, {"tensor_s": cost.tensor_s})
+    for elements, seconds in cost.points:
+        _require_costs(name, {"elements": elements, "seconds": seconds})
+    sizes = [elements for elements, _ in cost.points]
+    if len(sizes) < 2 or any(low >= high for low, high in itertools.pairwise(sizes)):
+        raise ValueError(f"the cost of {name} needs two points or more, by growing elements, got {sizes}")
 
 
 def _require_costs(name: str, values: Mapping[str, object]) -> None:
