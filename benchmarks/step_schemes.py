@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from distsign.rivals.all_reduce import AllReduce
-from distsign.traffic import top_k_slots
 from launch.hooks import Combiner, RivalCombiner, SignVote, bucket_cap_mb, register_hook
 from launch.models import ByteGPT, LeNet
 from launch.options import parse_options
@@ -37,13 +36,11 @@ class Scheme:
         name: in the table.
         arguments: optimizer and hook, as on the command line of `launch.train`.
         communicates: False for the hook that does nothing.
-        top_k: share of the components that travel, largest first; None for another scheme.
     """
 
     name: str
     arguments: tuple[str, ...]
     communicates: bool = True
-    top_k: float | None = None
 
     @property
     def is_vote(self) -> bool:
@@ -65,7 +62,7 @@ SCHEMES = (
 
 
 MORE_SCHEMES = (
-    Scheme("top-k 0.1 %", SGD, top_k=0.001),
+    Scheme("top-k 0.1 %", (*SGD, "--hook", "top-k:density=0.001")),
     Scheme("vote, RMS, 0.1 bit, hierarchical", (*RMS, "--bits-per-param", "0.1", "--exchange", "hierarchical")),
 )
 """What `benchmarks.simulator` has beside them."""
@@ -143,9 +140,7 @@ class Trainer:
         # Alike on all ranks as it is; to send the parameters over a slow link would take longer than to measure.
         self.model = DistributedDataParallel(net, bucket_cap_mb=bucket_mb, init_sync=False)
         self.combiner: Combiner
-        if scheme.top_k is not None:
-            self.combiner = _register_top_k(self.model, scheme.top_k)
-        elif not scheme.communicates:
+        if not scheme.communicates:
             self.model.register_comm_hook(None, _no_op_hook)
             self.combiner = RivalCombiner(AllReduce(), 0)
         else:
@@ -186,32 +181,6 @@ def _no_op_hook(state: object, bucket: GradBucket) -> torch.futures.Future[Tenso
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
-
-
-def _register_top_k(model: DistributedDataParallel, density: float) -> Combiner:
-    def hook(state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        del state
-        gradient = bucket.buffer()
-        slots, world_size = top_k_slots(gradient.numel(), density), dist.get_world_size()
-        where = gradient.abs().topk(slots, sorted=False).indices
-        sent = torch.cat([gradient[where].view(torch.uint8), where.int().view(torch.uint8)])
-        received = torch.empty(world_size * sent.numel(), dtype=torch.uint8)
-        # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        work = gather(received, sent, async_op=True)
-
-        def scatter(done: object) -> Tensor:
-            del done
-            gradient.zero_()
-            for row in received.view(world_size, -1):
-                values, places = (part.clone() for part in row.split(4 * slots))
-                gradient.index_add_(0, places.view(torch.int32), values.view(torch.float32), alpha=1 / world_size)
-            return gradient
-
-        return work.get_future().then(scatter)  # type: ignore[no-any-return]
-
-    model.register_comm_hook(None, hook)
-    return RivalCombiner(AllReduce(), 0)
 
 
 def settings_of(num_layers: int, width: int, batch_size: int) -> dict[str, Any]:

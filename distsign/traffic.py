@@ -150,7 +150,7 @@ def poison_report_bytes(num_voters: int, ranks_per_node: int = 1) -> ExchangeByt
 
 
 def top_k_slots(num_elements: int, density: float) -> int:
-    """Return how many components of a bucket a top-k scheme sends, each as a float32 and an int32.
+    """Return how many components of a tensor a top-k scheme sends, each as a float32 and an int32.
 
     Example:
         >>> top_k_slots(1000, 0.0015)

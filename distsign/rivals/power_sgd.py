@@ -66,9 +66,10 @@ class PowerSGD(Rival):
     def traffic(self, num_steps: int) -> ExchangeBytes:
         """See `Rival`."""
         plain = self._plain_before + min(self.start, num_steps - self._steps_before)
-        factors = sum(power_sgd_elements(self._shapes, self.rank))
+        # Three all-reduces: of what stays whole, of P and of Q.
+        rings = [ring_all_reduce_bytes(n, 4, self._world_size) for n in power_sgd_elements(self._shapes, self.rank)]
         both = ring_all_reduce_bytes(sum(map(math.prod, self._shapes)), 4, self._world_size) * plain
-        both += ring_all_reduce_bytes(factors, 4, self._world_size) * (num_steps - plain)
+        both += sum(rings) * (num_steps - plain)
         return ExchangeBytes(both // 2, both - both // 2)
 
     def state_dict(self) -> dict[str, Any]:

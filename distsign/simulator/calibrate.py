@@ -295,7 +295,7 @@ def _kernels(ranks: Ranks, repeats: int, advance: Callable[[], object]) -> dict[
     On CPUs the processor's time counts: the clock also has what ranks wait for each other's cores.
     """
     few: dict[tuple[str, int], list[tuple[int, float]]] = {}
-    many: dict[str, float] = {}
+    many: dict[str, tuple[int, float]] = {}
     sizes, size_of_many = kernel_sizes(ranks.world_size)
     for size, num_tensors in [*((size, FEW_TENSORS) for size in sizes), (size_of_many, MANY_TENSORS)]:
         for probe in probes(size, ranks.world_size, ranks.device, ranks.alone, num_tensors):
@@ -304,17 +304,15 @@ def _kernels(ranks: Ranks, repeats: int, advance: Callable[[], object]) -> dict[
             found = ranks.time(probe.run, repeats, cold=True)
             seconds = found.cpu_s if ranks.device.type == "cpu" else found.wall_s
             if num_tensors > FEW_TENSORS:
-                many[probe.name] = seconds
+                many[probe.name] = probe.elements, seconds
             else:
                 few.setdefault((probe.name, probe.rank), []).append((probe.elements, seconds))
         advance()
-    costs = {
-        name: _kernel_cost(points, many.get(name), size_of_many) for (name, rank), points in few.items() if rank == 1
-    }
+    costs = {name: _kernel_cost(points, many.get(name)) for (name, rank), points in few.items() if rank == 1}
     thickest = max(POWER_RANKS)
     thin, thick = few["power_sgd", 1], few["power_sgd", thickest]
     further = [(n, max(0.0, long - short) / (thickest - 1)) for (n, short), (_, long) in zip(thin, thick, strict=True)]
-    return {**costs, "power_sgd_rank": _kernel_cost(further, None, size_of_many)}
+    return {**costs, "power_sgd_rank": _kernel_cost(further, None)}
 
 
 def kernel_sizes(num_voters: int) -> tuple[tuple[int, ...], int]:
@@ -329,13 +327,14 @@ def kernel_sizes(num_voters: int) -> tuple[tuple[int, ...], int]:
     return sizes if len(sizes) > 1 else (least, 4 * least), max(_SIZE_OF_MANY, 4 * least)
 
 
-def _kernel_cost(points: Sequence[tuple[int, float]], of_many: float | None, size_of_many: int) -> KernelCost:
+def _kernel_cost(points: Sequence[tuple[int, float]], of_many: tuple[int, float] | None) -> KernelCost:
     # More elements do not take less time: what says so is noise.
     seconds = np.maximum.accumulate([seconds for _, seconds in points])
     cost = KernelCost(tuple((float(n), float(s)) for (n, _), s in zip(points, seconds, strict=True)))
     if of_many is None:
         return cost
-    tensor_s = (of_many - cost.seconds(size_of_many)) / (MANY_TENSORS - FEW_TENSORS)
+    elements, seconds_of_many = of_many
+    tensor_s = (seconds_of_many - cost.seconds(elements)) / (MANY_TENSORS - FEW_TENSORS)
     return replace(cost, tensor_s=max(0.0, tensor_s))
 
 

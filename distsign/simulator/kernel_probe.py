@@ -18,6 +18,7 @@ from distsign.optim import SignAdamPP
 from distsign.options import VoteOptions
 from distsign.pipeline import VotePipeline
 from distsign.registry import ParameterRegistry
+from distsign.rivals.top_k import TopK
 from distsign.simulator.profile import FEW_TENSORS
 from distsign.statistics import VoteCounts
 from distsign.voter import rotating_starts
@@ -74,7 +75,7 @@ def probes(
     generator = torch.Generator().manual_seed(1)
     gradient = torch.randn(num_elements, generator=generator).to(device)
     tensors = list(torch.tensor_split(gradient, num_tensors))
-    found = [*_dense(gradient), *_top_k(gradient, world_size), *_steps(tensors)]
+    found = [*_dense(gradient), *_top_k(gradient, tensors), *_steps(tensors)]
     found += _power_sgd(gradient.clone(), tensors, alone)
     for bits in (None, BITS):
         found += vote_probes(gradient, [tensor.numel() for tensor in tensors], world_size, bits)
@@ -125,20 +126,25 @@ def _power_sgd(gradient: Tensor, tensors: Sequence[Tensor], alone: dist.ProcessG
     return [Probe("power_sgd", n, hook(rank), by_tensor=True, rank=rank) for rank in POWER_RANKS]
 
 
-def _top_k(gradient: Tensor, world_size: int) -> list[Probe]:
-    slots = max(1, int(_DENSITY * gradient.numel()))
-    into = torch.zeros_like(gradient)
+def _top_k(gradient: Tensor, tensors: Sequence[Tensor]) -> list[Probe]:
+    """Return the rival's own encoding, with the passes over its mean, and the decoding of one rank's payload."""
+    rival, means = TopK(_DENSITY), [torch.zeros_like(tensor) for tensor in tensors]
 
-    def choose() -> Tensor:
-        found = gradient.abs().topk(slots, sorted=False).indices
-        into.zero_()  # what the others' components are added to
-        return gradient[found]
+    def encode() -> list[Tensor]:
+        payloads = [rival.encode(f"p{k}", tensor) for k, tensor in enumerate(tensors)]
+        for mean in means:
+            mean.zero_().div_(4)
+        return payloads
 
-    where = gradient.abs().topk(slots).indices.repeat(world_size)
-    values = gradient[where]
+    def decode() -> None:
+        for payload, mean in zip(payloads, means, strict=True):
+            rival.accumulate(payload.clone(), mean)
+
+    payloads = encode()
+    slots = sum(payload.numel() for payload in payloads) // 8
     return [
-        Probe("top_k_choose", gradient.numel(), choose),
-        Probe("top_k_scatter", where.numel(), lambda: into.index_add_(0, where, values)),
+        Probe("top_k_encode", gradient.numel(), encode, by_tensor=True),
+        Probe("top_k_decode", slots, decode, by_tensor=True),
     ]
 
 

@@ -20,7 +20,7 @@ COLLECTIVES = ("all_reduce_fp32", "all_reduce_bf16", "all_reduce_fp16", "all_to_
 """The collectives that schemes call."""
 
 KERNELS = (
-    *("to_half", "from_half", "power_sgd", "power_sgd_rank", "top_k_choose", "top_k_scatter", "node_mean"),
+    *("to_half", "from_half", "power_sgd", "power_sgd_rank", "top_k_encode", "top_k_decode", "node_mean"),
     *("step_mean", "step_planes", "step_sparse"),
     *(f"{what}_{coded}" for what in ("cast", "count", "read") for coded in ("planes", "sparse")),
 )

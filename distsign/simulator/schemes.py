@@ -297,16 +297,17 @@ def _plan_power_sgd(scheme: Scheme, model: Model, buckets: list[Bucket], cluster
 
 
 def _plan_top_k(scheme: Scheme, model: Model, buckets: list[Bucket], cluster: Cluster) -> Plan:
-    del model
     jobs, total = [], ExchangeBytes()
     for number, bucket in enumerate(buckets):
-        slots = top_k_slots(bucket.num_elements, scheme.options["density"])
+        sizes, tensors = [model.parameters[row].num_elements for row in bucket.rows], len(bucket.rows)
+        slots = sum(top_k_slots(size, scheme.options["density"]) for size in sizes)
         cost = all_gather_bytes(8 * slots, cluster.num_workers)
+        encoded = Kernel("top_k_encode", bucket.num_elements, tensors)
         gathered = _ring("all_gather", cluster.num_workers - 1, cost.sent_bytes, cluster)
-        scattered = Kernel("top_k_scatter", slots * cluster.num_workers)
-        jobs.append(Job(number, (Kernel("top_k_choose", bucket.num_elements),), (gathered, scattered)))
+        decoded = Kernel("top_k_decode", slots, tensors, times=cluster.num_workers)
+        jobs.append(Job(number, (), (encoded, gathered, decoded)))
         total += cost
-    return Plan(buckets, jobs, False, "step_mean", lambda _: total, cluster.num_workers * total.sent_bytes)
+    return Plan(buckets, jobs, True, "step_mean", lambda _: total, cluster.num_workers * total.sent_bytes)
 
 
 def _plan_vote(scheme: Scheme, model: Model, buckets: list[Bucket], cluster: Cluster) -> Plan:

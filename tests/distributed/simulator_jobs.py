@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distsign import RMSConfidence, SignVoteState, sign_vote_hook
+from distsign.rivals import make_rival
 from distsign.simulator import Cluster, Link, Model, Scheme, Step
 from distsign.simulator.calibrate import calibrate
 
@@ -35,6 +38,30 @@ def count_beside_prediction(rank: int, world_size: int, text: str, options: dict
             for name, value in vars(want).items():
                 assert getattr(after, name) - getattr(before, name) == value, (step, rank, name)
     state.close()
+
+
+def count_rival_beside_prediction(
+    rank: int, world_size: int, text: str, name: str, options: dict[str, Any], bucket_mb: float
+) -> None:
+    """Hold the bytes that a rival counts in each step to those that are predicted, exactly."""
+    torch.manual_seed(5)
+    # No scalars, which torch's PowerSGD does not take.
+    net = nn.Sequential(nn.Linear(50, 301), nn.ReLU(), nn.Linear(301, 31), nn.ReLU(), nn.Linear(31, 3))
+    model = DDP(net, bucket_cap_mb=bucket_mb)
+    rival = make_rival(name, **options)
+    rival.register(model)
+    cluster = Cluster(world_size, Link(1e9))
+    want = Step(Model.of(net), cluster, Scheme.parse(text), compute_s=0.1, bucket_mb=bucket_mb).bytes_of_rank(rank)
+    counted = []
+    for step in range(5):
+        model.zero_grad()
+        model(torch.randn(4, 50)).square().mean().backward()
+        traffic = rival.traffic(step + 1)
+        counted.append(traffic.sent_bytes + traffic.received_bytes)
+    # PowerSGD begins with two plain steps.
+    of_steps = [after - before for before, after in itertools.pairwise(counted[1:])]
+    assert of_steps == [want.sent_bytes + want.received_bytes] * 3, (of_steps, want)
+    rival.close()
 
 
 def calibrated(rank: int, world_size: int) -> dict[str, Any] | None:

@@ -29,6 +29,23 @@ def test_counted_bytes_are_those_predicted(rank_pool: Pools, text: str, bucket_m
     rank_pool(world_size).run(jobs.count_beside_prediction, text, options, bucket_mb)
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "options", "bucket_mb"),
+    [
+        ("topk:0.01", "top-k", {"density": 0.01}, 0.05),
+        ("topk:0.01", "top-k", {"density": 0.01}, 2.0),
+        ("powersgd:2", "power-sgd", {"rank": 2}, 1000.0),
+        ("bf16", "bf16", {}, 0.05),
+        ("fp16", "fp16", {}, 2.0),
+        ("fp32", "none", {}, 0.05),
+    ],
+)
+def test_counted_bytes_of_rivals_are_those_predicted(
+    rank_pool: Pools, text: str, name: str, options: dict[str, Any], bucket_mb: float
+) -> None:
+    rank_pool(3).run(jobs.count_rival_beside_prediction, text, name, options, bucket_mb)
+
+
 def test_calibrate_on_ranks(rank_pool: Pools) -> None:
     found = rank_pool(3).run(jobs.calibrated, deadline_s=60)[0]
     assert 0 < found["cores"] <= 3
