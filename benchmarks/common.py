@@ -147,7 +147,7 @@ def describe_run() -> Row:
     """Return what a figure depends on: date, code, machine, versions, and how busy the machine is."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": checked_out_commit(),
         **describe_machine(),
         "numpy": np.__version__,
         "numba": numba.__version__,
@@ -155,7 +155,7 @@ def describe_run() -> Row:
     }
 
 
-def _commit() -> str | None:
+def checked_out_commit() -> str | None:
     """Return the commit that is checked out, marked where tracked files differ from it; None outside of git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

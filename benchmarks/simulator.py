@@ -28,7 +28,7 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks import ranks
-from benchmarks.common import Column, Report, Row, parser
+from benchmarks.common import Column, Report, Row, checked_out_commit, parser
 from benchmarks.step_schemes import (
     BF16,
     BUCKET_MB,
@@ -168,7 +168,7 @@ def calibrated(settings: dict[str, Any]) -> bool:
 
 
 class Results:
-    """What has been measured so far: one JSON line a setting, and a profile a number of ranks."""
+    """What has been measured so far: one JSON line a setting, with its commit, and a profile a number of ranks."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ class Results:
         """Keep one setting's times."""
         self.measured[key] = ms
         with self._path.open("a") as file:
-            file.write(json.dumps({"key": key, "ms": ms}) + "\n")
+            file.write(json.dumps({"key": key, "commit": checked_out_commit(), "ms": ms}) + "\n")
 
     def profile_path(self, setting: Setting) -> Path:
         """Return the file of the profile that a setting takes: that of the nearest link and of enough ranks."""
@@ -302,7 +302,7 @@ def _report(options: argparse.Namespace, settings: Sequence[Setting], results: R
 
 def _measure_all(options: argparse.Namespace) -> None:
     settings = QUICK if options.quick else SETTINGS
-    results = Results(Path(options.out))
+    results = Results(Path(options.out, "quick") if options.quick else Path(options.out))  # of fewer steps: apart
     end = time.monotonic() + 60 * options.minutes
     left = [setting for setting in settings if setting.key not in results.measured]
     for setting in [] if options.report else left:
