@@ -14,7 +14,9 @@ NOT_COVERED = """\
 Left out: a rank that is lost before all have met (torchrun ends the others; by themselves they wait for half an hour,
 since a machine may still be fetching its data). Bits of payloads are flipped in the rank that receives, since TCP's
 checksum would hide a damaged packet. The ranks are forked from one process, and no torchrun starts them again:
-tests/distributed/test_restart.py has that.
+tests/distributed/test_restart.py has that. Liars, numbers that overflow under a loss scale, lost shards of a sharded
+checkpoint and a start with another number of ranks are not drawn: tests/test_robustness.py, tests/test_liars.py,
+tests/distributed/test_hook.py and tests/distributed/test_checkpoint.py have them.
 """
 
 
