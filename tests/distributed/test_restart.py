@@ -84,6 +84,7 @@ def assert_same(found: object, wanted: object, where: str = "") -> None:
         assert found == wanted, where
 
 
+@pytest.mark.timeout(240)  # three starts of torch beside whatever else runs, and `wait` below
 def test_two_losses_and_the_same_end(tmp_path: Path, unbroken: dict[str, object]) -> None:
     """One rank is killed in the first life, one frozen in the second, each a moment after some checkpoint."""
     draw = random.Random(7)
