@@ -1,7 +1,8 @@
 """What do the checks cost: checksum, caps on density and poison, and the comparison of replicas?
 
-The same vote is taken without checks, with each of them and with all, step by step in turn on the same ranks. The
-comparison of replicas falls due every 100 steps, and is timed apart. `python -m benchmarks.checks` (root, for the lab).
+The same vote is taken without checks, with each of them and with all, step by step in turn on the same ranks; without
+checks twice, by two trainers alike: what these two are apart, no check is the reason of. Comparing replicas falls
+due every 100 steps, and is timed apart. `python -m benchmarks.checks` (root, for the lab).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from distsign import ReplicaCheck
 
 CHECKS = {
     "none": (),
+    "none again": (),
     "checksum": ("--checksum",),
     "density": ("--max-density", "0.9"),
     "poison": ("--max-poison-streak", "10"),
