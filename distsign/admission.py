@@ -94,7 +94,8 @@ class Admission:
         """
         self._move(ballots.rows.device)
         out = self.left_out
-        if self.max_density is not None:
+        # Slots that no density cap could fill need no counting, which would decode every body once more.
+        if self.max_density is not None and ballots.capacity > most:
             out = out | (ballots.num_votes(kernels) > most)
         elif self.max_poison_streak is None:
             return ballots

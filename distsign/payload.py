@@ -65,6 +65,11 @@ class Opened:
         planes = self.rows.new_empty(self.rows.shape[0], 2 * self.num_bytes)
         return planes, 0, torch.stack([self.write_planes(k, row, kernels) for k, row in enumerate(planes)])
 
+    @property
+    def capacity(self) -> int:
+        """The most votes that a body can hold."""
+        return 8 * self.num_bytes if self.code is None else self.code.num_slots
+
     def num_votes(self, kernels: Kernels) -> Tensor:
         """Return how many votes each sender's body holds by its own bits, int64 `[num_senders]`; 0 if malformed."""
         rows, at, ok = self.planes(kernels)

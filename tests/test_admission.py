@@ -54,6 +54,19 @@ def test_a_ballot_denser_than_the_cap_becomes_abstentions(kernels: Kernels, code
     assert bool(ok.all()) and torch.equal(rows[[0, 2, 3], at:], before[[0, 2, 3]]) and not rows[1, at:].any()
 
 
+@pytest.mark.parametrize(("num_slots", "is_counted"), [(20, False), (21, True)])
+def test_ballots_with_no_room_to_be_too_dense_are_not_counted(
+    monkeypatch: pytest.MonkeyPatch, num_slots: int, is_counted: bool
+) -> None:
+    ballots = opened([[3], [*range(20)]], SparseCode(8 * NUM_BYTES, num_slots), cpu)
+    counts: list[int] = []
+    count = Opened.num_votes
+    monkeypatch.setattr(Opened, "num_votes", lambda self, kernels: [counts.append(1), count(self, kernels)][1])
+    kept = Admission(2, max_density=0.0625).admit(ballots, 20, cpu)
+    assert bool(counts) == is_counted
+    assert count(kept, cpu).tolist() == [1, 20]
+
+
 def test_a_malformed_body_is_not_hidden_by_the_cap() -> None:
     code = SparseCode(8 * NUM_BYTES, 20)
     ballots = opened([[1], [2]], code, cpu)
