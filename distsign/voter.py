@@ -149,6 +149,7 @@ class Voter:
             alpha = alpha * factors
         crowded = None
         if self.memory is None:
+            clear = forget = True  # nothing is kept
             counts, finite = self._pack(grads, layout, (alpha * scale).float(), kernels, out)
             active = None if moments is None else (moments != 0).any(1)
         else:
@@ -161,10 +162,18 @@ class Voter:
                 None if corrections is None else corrections.float(),
                 self.confidence.square_decay or 0.0,
             )
-            counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=forget or caps is None)
+            # Packing clears the carry of all that votes at once; where caps leave some out, these must keep theirs, and
+            # settling clears it vote by vote. Wide caps seldom leave any out, so that this is tried first.
+            clear = forget or caps is None or (_is_wide(caps, layout) and out.device.type == "cpu")
+            counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=clear)
         if caps is not None:
             assert starts is not None
-            counts, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=forget)
+            kept, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=clear)
+            if clear and not forget and crowded.any():
+                # From the half of the memory that this step does not write, as if nothing had been packed.
+                counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=False)
+                kept, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=False)
+            counts = kept
         if lengths is None:
             lengths = torch.tensor([shape.num_elements for shape in layout.shapes], device=out.device)
         new = self.confidence.observe(new, counts / lengths.clamp(min=1).double())
@@ -244,6 +253,11 @@ class Voter:
             self.memory.carry[:, part] = kept["carry"].to(self.stats.device)
             if self.memory.square is not None:
                 self.memory.square[:, part] = kept["square"].to(self.stats.device)
+
+
+def _is_wide(caps: IntArray, layout: Layout) -> bool:
+    """Return whether caps let half of the components vote, as those of `max_density` do and those of budgets do not."""
+    return 2 * int(caps.sum()) >= layout.num_elements
 
 
 def _summed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

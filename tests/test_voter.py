@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from distsign import AdaptiveConfidence, Confidence, FixedConfidence, TargetDensity
+from distsign import AdaptiveConfidence, Confidence, FixedConfidence, RMSConfidence, TargetDensity, voter
 from distsign.ballots import cast_ballots
 from distsign.kernels import Kernels, cpu, reference
 from distsign.layout import Layout, Shape
-from distsign.voter import Voter
+from distsign.sizes import caps_at
+from distsign.voter import Voter, rotating_starts
 
 EVERY = [FixedConfidence(0.3), AdaptiveConfidence(), TargetDensity(0.1)]
 every_function = pytest.mark.parametrize("confidence", EVERY, ids=lambda c: type(c).__name__)
@@ -43,13 +44,15 @@ class Worker:
         *,
         world_size: int = 3,
         kernels: Kernels = cpu,
+        carry: torch.dtype | None = None,
     ) -> None:
-        self.buckets = buckets
-        self.layout = Layout.build(buckets, world_size)
+        self.voter = Voter(confidence, carry)
+        self.voter.grow([3000, 70, 1, 1025, 512], torch.device("cpu"))
+        homes = {shape.index: self.voter.home(shape.index) for bucket in buckets for shape in bucket}
+        self.buckets = [[dataclasses.replace(shape, home=homes[shape.index]) for shape in each] for each in buckets]
+        self.layout = Layout.build(self.buckets, world_size)
         self.rows = torch.tensor([shape.index for bucket in buckets for shape in bucket], dtype=torch.int64)
         self.kernels = kernels
-        self.voter = Voter(confidence)
-        self.voter.grow([3000, 70, 1, 1025, 512], torch.device("cpu"))
 
     def gradient(self, step: int, spread: float = 1.0) -> list[Tensor]:
         """Return a flat gradient a bucket; each parameter has a scale of its own."""
@@ -338,3 +341,38 @@ def test_growing_keeps_what_is_there(confidence: Confidence) -> None:
     voter.grow([3, 4, 5, 6, 7], torch.device("cpu"))
     assert voter.stats.dtype == torch.float64
     assert torch.equal(voter.stats, torch.cat([confidence.init_stats(2) + 0.5, confidence.init_stats(3)]))
+
+
+@pytest.mark.parametrize("confidence", [FixedConfidence(1.0), RMSConfidence(k=0.5)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("share", [0.55, 0.8, 1.0])
+def test_wide_caps_leave_what_settling_vote_by_vote_leaves(
+    monkeypatch: pytest.MonkeyPatch, share: float, confidence: Confidence
+) -> None:
+    """Packed anew where a cap left ballots out, and not where none did: planes, counts and memory are the same bits."""
+    found = []
+    for is_wide in (True, False):
+        monkeypatch.setattr(voter, "_is_wide", lambda caps, layout, is_wide=is_wide: is_wide)
+        worker = Worker(confidence, carry=torch.float32)
+        caps = caps_at(share, worker.layout.all_pieces.length)
+        trace = []
+        for step in range(6):
+            out = torch.zeros(worker.layout.buffer_bytes, dtype=torch.uint8)
+            cast = worker.voter.cast(
+                worker.gradient(step),
+                worker.layout,
+                worker.rows,
+                scale=torch.ones((), dtype=torch.float64),
+                kernels=cpu,
+                out=out,
+                caps=caps,
+                starts=rotating_starts(worker.layout, step),
+            )
+            worker.voter.commit(CLEAN)
+            assert cast.crowded is not None
+            kept = [each for row in range(NUM_PARAMS) for each in worker.voter.kept(row).values()]
+            trace.append([out, cast.num_ballots, cast.finite, cast.crowded, *kept])
+        found.append(trace)
+        crowded = torch.stack([step[3] for step in trace])
+        assert crowded.any() == (share < 1) and not crowded.all()
+    for ours, theirs in zip(*found, strict=True):
+        assert all(map(torch.equal, ours, theirs))
