@@ -1,8 +1,8 @@
 """What do the checks cost: checksum, caps on density and poison, and the comparison of replicas?
 
 The same vote is taken without checks, with each of them and with all, step by step in turn on the same ranks; without
-checks twice, by two trainers alike: what these two are apart, no check is the reason of. Comparing replicas falls
-due every 100 steps, and is timed apart. `python -m benchmarks.checks` (root, for the lab).
+checks twice, by two trainers alike: by how much these two differ is the noise. Comparing replicas falls due every
+100 steps, and is timed apart. `python -m benchmarks.checks` (root, for the lab).
 """
 
 from __future__ import annotations

@@ -149,8 +149,9 @@ class Voter:
             alpha = alpha * factors
         crowded = None
         if self.memory is None:
-            clear = forget = True  # nothing is kept
             counts, finite = self._pack(grads, layout, (alpha * scale).float(), kernels, out)
+            if caps is not None:
+                counts, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=True)
             active = None if moments is None else (moments != 0).any(1)
         else:
             active = torch.cat([kernels.active(grad, spans) for grad, spans in zip(grads, layout.params, strict=True)])
@@ -162,18 +163,12 @@ class Voter:
                 None if corrections is None else corrections.float(),
                 self.confidence.square_decay or 0.0,
             )
-            # Packing clears the carry of all that votes at once; where caps leave some out, these must keep theirs, and
-            # settling clears it vote by vote. Wide caps seldom leave any out, so that this is tried first.
-            clear = forget or caps is None or (_is_wide(caps, layout) and out.device.type == "cpu")
-            counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=clear)
-        if caps is not None:
-            assert starts is not None
-            kept, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=clear)
-            if clear and not forget and crowded.any():
-                # From the half of the memory that this step does not write, as if nothing had been packed.
-                counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=False)
-                kept, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=False)
-            counts = kept
+            if caps is None:
+                counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=True)
+            else:
+                counts, finite, crowded = self._pack_within(
+                    grads, layout, rule, caps, starts, kernels, out, forget=forget
+                )
         if lengths is None:
             lengths = torch.tensor([shape.num_elements for shape in layout.shapes], device=out.device)
         new = self.confidence.observe(new, counts / lengths.clamp(min=1).double())
@@ -196,11 +191,38 @@ class Voter:
         ]
         return _summed(parts)
 
+    def _pack_within(
+        self,
+        grads: Sequence[Tensor],
+        layout: Layout,
+        rule: CarryRule,
+        caps: IntArray,
+        starts: IntArray | None,
+        kernels: Kernels,
+        out: Tensor,
+        *,
+        forget: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pack with a carry what caps allow; return ballots of each row, whether all is finite, and what was crowded.
+
+        Packing clears the carry of all that votes at once. What caps leave out must keep its own, so that settling
+        clears vote by vote; but wide caps seldom leave any out, and this is tried first.
+        """
+        if not forget and _is_wide(caps, layout) and out.device.type == "cpu":
+            counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=True)
+            kept, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=True)
+            if not crowded.any():
+                return kept, finite, crowded
+            # Anew, from the half of the memory that this step does not write, as if nothing had been packed.
+        counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=forget)
+        kept, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=forget)
+        return kept, finite, crowded
+
     def _settle(
         self,
         layout: Layout,
         caps: IntArray,
-        starts: IntArray,
+        starts: IntArray | None,
         counts: Tensor,
         kernels: Kernels,
         out: Tensor,
@@ -208,6 +230,7 @@ class Voter:
         forget: bool,
     ) -> tuple[Tensor, Tensor]:
         """Keep what fits; return the ballots left of each row, and which pieces had more."""
+        assert starts is not None
         limits = torch.from_numpy(caps)
         pieces = layout.all_pieces
         memory = None if forget else self.memory  # where the carry forgets, packing has cleared it

@@ -11,3 +11,21 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     if session.config.option.collectonly or session.testsfailed:
         return
     import distsign.kernels.cpu  # noqa: F401 - compiles, once a machine
+
+
+@pytest.fixture(params=["host", "device"])
+def decided_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test twice: deciding on the host, and with CPU tensors the way a GPU is treated, by gates."""
+    from distsign.optim.base import SignOptimizer
+
+    if request.param == "device":
+        monkeypatch.setattr(SignOptimizer, "_host_decides", staticmethod(lambda grads: False))
+    return str(request.param)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let parameters of a few dozen elements be cut and put together as large ones are."""
+    from distsign.optim import base
+
+    monkeypatch.setattr(base, "tile_limit", lambda device: 16)
