@@ -19,7 +19,16 @@ from torch import Tensor
 from distsign.nest import put_tensors, take_tensors
 from distsign.traffic import ring_all_reduce_bytes
 
-__all__ = ["Link", "LinkError", "all_gather", "all_to_all", "gather_values", "ranks_of", "world_size_of"]
+__all__ = [
+    "Link",
+    "LinkError",
+    "all_gather",
+    "all_gather_into",
+    "all_to_all",
+    "gather_values",
+    "ranks_of",
+    "world_size_of",
+]
 
 T = TypeVar("T")
 
@@ -56,6 +65,13 @@ def all_to_all(
         work.wait()
 
 
+def all_gather_into(target: Tensor, source: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Write `source` of all ranks of the group into `target`, one after the other. Blocks."""
+    # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(target, source, group=group)
+
+
 def all_gather(source: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Return `source` of all ranks of the group, one row each: `[world_size, n]`, on the device of `source`. Blocks."""
     if world_size_of(group) == 1:
@@ -63,9 +79,7 @@ def all_gather(source: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     # NCCL carries no tensors of the CPU.
     on_wire = source.cuda() if dist.get_backend(group) == "nccl" else source
     target = on_wire.new_empty(dist.get_world_size(group), source.numel())
-    # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(target.view(-1), on_wire, group=group)
+    all_gather_into(target.view(-1), on_wire, group)
     return target.to(source.device)
 
 

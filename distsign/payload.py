@@ -22,12 +22,11 @@ from distsign.digest import write_checksum
 from distsign.kernels import Kernels, plane_bytes
 from distsign.layout import IntArray, Layout
 from distsign.sizes import caps_at
+from distsign.wire.bits import pack_bits, unpack_bits
 from distsign.wire.header import CHECKSUM_BYTES, HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header
 from distsign.wire.sparse import SparseCode
 
 __all__ = ["Form", "Opened", "forms"]
-
-_BYTE = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ class Form:
         start, end, last = self._cuts(owner)
         code, fits = self.codes[owner], poisoned.new_ones(())
         if crowded is not None:
-            payload[HEADER_BYTES:start] = _pack_bits(crowded & ~poisoned)
+            payload[HEADER_BYTES:start] = pack_bits(crowded & ~poisoned)
         if code is None:
             payload[start:end] = planes
         else:
@@ -274,7 +273,7 @@ class Form:
         raw = torch.empty(payloads.shape[0], self.raw_elements[owner], device=payloads.device)
         raw.view(torch.uint8).copy_(payloads[:, end:last])
         num_pieces = self.layout.owned(owner)[1].size
-        crowded = None if self.caps is None else _unpack_bits(payloads[:, HEADER_BYTES:start], num_pieces)
+        crowded = None if self.caps is None else unpack_bits(payloads[:, HEADER_BYTES:start], num_pieces)
         return Opened(payloads, start, self.layout.plane_bytes(owner), self.codes[owner], crowded, raw)
 
     def overfull(self, owner: int, ballots: Opened, kernels: Kernels) -> list[int]:
@@ -365,18 +364,6 @@ def forms(
     # Without a carry at the owner nothing may be left behind there, and there are at most so many verdicts.
     back = caps_at(density, length, 1 if owner_carry else num_owners)
     return ballots, build(verdict=True, caps=back)
-
-
-def _pack_bits(bits: Tensor) -> Tensor:
-    """Pack bool `[n]` into bytes, lowest bit first."""
-    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
-    return (padded * _BYTE.to(bits.device)).sum(1).to(torch.uint8)
-
-
-def _unpack_bits(packed: Tensor, num_bits: int) -> Tensor:
-    """Undo `_pack_bits` for each row."""
-    bits = (packed.unsqueeze(-1) & _BYTE.to(packed.device)) != 0
-    return bits.flatten(1)[:, :num_bits]
 
 
 def _count_bits(rows: Tensor) -> Tensor:

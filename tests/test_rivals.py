@@ -12,10 +12,10 @@ from torch import Tensor
 from distsign.collectives import Link
 from distsign.rivals import RIVALS, make_rival
 from distsign.rivals.base import GatheringRival, Piece
-from distsign.rivals.bits import num_bit_bytes, pack_bits, unpack_bits
 from distsign.rivals.elias import read_levels, write_levels
 from distsign.rivals.one_bit_adam import OneBitAdam, _decode
 from distsign.rivals.qsgd import QSGD, expected_bytes
+from distsign.wire.bits import num_bit_bytes, pack_bits, unpack_bits
 
 SHAPES = [(), (1,), (7,), (8,), (33, 70), (6, 3, 3, 3)]
 

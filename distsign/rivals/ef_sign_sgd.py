@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distsign.rivals.base import GatheringRival
-from distsign.rivals.bits import float_bytes, num_bit_bytes, pack_bits, read_floats, unpack_bits
+from distsign.wire.bits import float_bytes, num_bit_bytes, pack_bits, read_floats, unpack_bits
 
 __all__ = ["EFSignSGD"]
 

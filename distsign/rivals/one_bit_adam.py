@@ -11,8 +11,8 @@ from torch import Tensor
 
 from distsign.collectives import Link
 from distsign.rivals.base import HookRival, Piece, require_range
-from distsign.rivals.bits import float_bytes, num_bit_bytes, pack_bits, read_floats, unpack_bits
 from distsign.traffic import ExchangeBytes, exchange_bytes, ring_all_reduce_bytes
+from distsign.wire.bits import float_bytes, num_bit_bytes, pack_bits, read_floats, unpack_bits
 
 __all__ = ["OneBitAdam"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from distsign.collectives import Link
 from distsign.rivals.base import Piece, require_range
-from distsign.rivals.bits import float_bytes, read_floats
 from distsign.rivals.elias import read_levels, write_levels
 from distsign.rivals.stochastic import StochasticRival
+from distsign.wire.bits import float_bytes, read_floats
 
 __all__ = ["QSGD"]
 

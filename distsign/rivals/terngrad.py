@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from distsign.rivals.base import GatheringRival, require_range
-from distsign.rivals.bits import float_bytes, num_bit_bytes, pack_bits, read_floats, unpack_bits
 from distsign.rivals.stochastic import StochasticRival
+from distsign.wire.bits import float_bytes, num_bit_bytes, pack_bits, read_floats, unpack_bits
 
 __all__ = ["TernGrad"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from distsign.collectives import Link
 from distsign.rivals.base import HookRival, Piece
-from distsign.rivals.bits import num_bit_bytes, pack_bits, unpack_bits
 from distsign.traffic import ExchangeBytes, exchange_bytes
+from distsign.wire.bits import num_bit_bytes, pack_bits, unpack_bits
 
 __all__ = ["VotingRival"]
 

@@ -27,15 +27,7 @@ from distsign.voter import Voter, rotating_starts
 
 __all__ = ["Combined", "Electorate"]
 
-_DEFAULTS: dict[str, Any] = {
-    "margin": 1,
-    "carry": None,
-    "owner_carry": None,
-    "exchange": "two_phase",
-    "bits_per_param": None,
-    "max_density": None,
-    "max_poison_streak": None,
-}
+_OPTIONS = ("margin", "carry", "owner_carry", "exchange", "bits_per_param", "max_density", "max_poison_streak")
 
 
 @dataclass(frozen=True)
@@ -107,13 +99,12 @@ class Electorate:
     ) -> None:
         if not 0 <= num_liars < num_workers:
             raise ValueError(f"liars must be fewer than the {num_workers} workers, got num_liars={num_liars}")
-        unknown = options.keys() - _DEFAULTS.keys()
+        unknown = options.keys() - set(_OPTIONS)
         if unknown:
-            raise ValueError(f"an Electorate has the options {', '.join(_DEFAULTS)}, got {', '.join(sorted(unknown))}")
+            raise ValueError(f"an Electorate has the options {', '.join(_OPTIONS)}, got {', '.join(sorted(unknown))}")
         budget = options.get("bits_per_param")
-        fixed = {"wire": "planes" if budget is None else "auto", "l2": 0.0, "exclude": None, "ranks_per_node": None}
-        chosen = {**_DEFAULTS, **options, **fixed, "confidence": confidence, "is_subgroup": False}
-        self.options = VoteOptions.check(**chosen)
+        wire = "planes" if budget is None else "auto"
+        self.options = VoteOptions.check(confidence=confidence, wire=wire, **options)
         require_margin(self.options.margin, num_workers)
         self.num_workers, self.num_liars = num_workers, num_liars
         self._attack = attack

@@ -234,16 +234,5 @@ def vote_probes(gradient: Tensor, lengths: Sequence[int], world_size: int, bits:
 
 
 def _options(bits: float | None) -> VoteOptions:
-    return VoteOptions.check(
-        confidence=RMSConfidence(k=1.0 if bits is None else 4.0),
-        margin=1,
-        carry=True,
-        owner_carry=None,
-        exchange="two_phase",
-        wire="auto" if bits else "planes",
-        bits_per_param=bits,
-        l2=0.0,
-        exclude=None,
-        ranks_per_node=None,
-        is_subgroup=False,
-    )
+    confidence = RMSConfidence(k=1.0 if bits is None else 4.0)
+    return VoteOptions.check(confidence=confidence, carry=True, wire="auto" if bits else "planes", bits_per_param=bits)

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from distsign.collectives import all_to_all
+from distsign.collectives import all_gather_into, all_to_all
 
 __all__ = ["Call", "Ranks", "Timing", "joined_ranks", "num_ranks"]
 
@@ -194,9 +194,7 @@ class Ranks:
         if kind == "all_gather":
             own = torch.zeros(share, dtype=torch.uint8, device=self.device)
             rows = torch.empty(size * share, dtype=torch.uint8, device=self.device)
-            # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
-            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            return lambda: gather(rows, own, group=group), (size - 1) * share, size - 1
+            return lambda: all_gather_into(rows, own, group), (size - 1) * share, size - 1
         source = torch.zeros(size * share, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         shares = [share] * size

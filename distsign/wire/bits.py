@@ -1,4 +1,4 @@
-"""One bit a component: packed eight a byte, lowest bit first."""
+"""Bits packed eight a byte, lowest bit first, and floats as their bytes."""
 
 from __future__ import annotations
 
@@ -30,10 +30,15 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, num_bits: int) -> Tensor:
-    """Return bits again, bool `[num_bits]`."""
+    """Return bits again, row by row: bool `[..., num_bits]` of uint8 `[..., num_bit_bytes(num_bits)]`.
+
+    Example:
+        >>> unpack_bits(torch.tensor([[5], [2]], dtype=torch.uint8), 3).int().tolist()
+        [[1, 0, 1], [0, 1, 0]]
+    """
     if packed.device.type == "cpu":
-        return torch.from_numpy(np.unpackbits(packed.numpy(), count=num_bits, bitorder="little")).bool()
-    return ((packed.unsqueeze(1) >> _shifts(packed.device)) & 1).bool().flatten()[:num_bits]
+        return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=num_bits, bitorder="little")).bool()
+    return ((packed.unsqueeze(-1) >> _shifts(packed.device)) & 1).bool().flatten(-2)[..., :num_bits]
 
 
 def float_bytes(values: Tensor) -> Tensor:
