@@ -29,7 +29,7 @@ __all__ = ["SignVoteState", "VoteError", "sign_vote_hook"]
 
 # No postponed annotations in this file: DDP compares those of a hook with the classes themselves.
 
-_STATE_FORMAT = 2
+_STATE_FORMAT = 3
 
 
 class SignVoteState:

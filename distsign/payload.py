@@ -21,7 +21,7 @@ from torch import Tensor
 from distsign.digest import write_checksum
 from distsign.kernels import Kernels, plane_bytes
 from distsign.layout import IntArray, Layout
-from distsign.sizes import caps_at
+from distsign.sizes import Density, caps_at
 from distsign.wire.bits import pack_bits, unpack_bits
 from distsign.wire.header import CHECKSUM_BYTES, HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header
 from distsign.wire.sparse import SparseCode
@@ -344,14 +344,13 @@ class Form:
         return self._tables[key]
 
 
-def forms(
-    layout: Layout, density: float | None, wire: str, *, owner_carry: bool, num_raw: int = 0
-) -> tuple[Form, Form]:
+def forms(layout: Layout, density: Density, wire: str, *, owner_carry: bool, num_raw: int = 0) -> tuple[Form, Form]:
     """Return the forms of a group's ballots and verdicts.
 
     Args:
         layout: the group's.
-        density: share of the components that payloads have slots for; None without a cap, planes.
+        density: share of the components that payloads have slots for, of all or of each piece; None without a cap,
+            planes.
         wire: `"planes"`, `"sparse"` or `"auto"`, with a density.
         owner_carry: whether owners keep what does not fit; else verdicts have slots for the ballots of all.
         num_raw: components that are averaged.

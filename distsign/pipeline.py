@@ -23,20 +23,18 @@ from distsign.admission import Admission
 from distsign.exchange import Verdicts, VoteExchange
 from distsign.exchange_thread import ExchangeThread
 from distsign.kernels import kernels_for
+from distsign.ladder import DensityLadder
 from distsign.layout import IntArray, Shape
 from distsign.options import VoteOptions
 from distsign.owner import Owner, Piece, make_owner
 from distsign.plan import COALESCE_BYTES, Column, Part, Plan, fills_group, part_of
 from distsign.registry import ParameterRegistry, VoteError
-from distsign.sizes import caps_at, density_for
+from distsign.sizes import Density, caps_at, density_for
 from distsign.statistics import VoteCounts
-from distsign.steering import DensityLadder, Steering
+from distsign.steering import Steering
 from distsign.voter import Voter, rotating_starts
 
 __all__ = ["VotePipeline"]
-
-_MAX_PLANS = 64
-"""Plans that are kept; a density that moves makes new ones."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,10 @@ class VotePipeline:
         self.owner: Owner | None = None
         self.admission: Admission | None = None
         self.steering = Steering(options.confidence, budgeted=options.bits_per_param is not None)
-        self.ladder = DensityLadder() if options.capped and options.bits_per_param is None else None
-        self._density: float | None = None
+        self.ladder: DensityLadder | None = None
+        self._budgeted: float | None = None
         self._thread = ExchangeThread("distsign-exchange")
-        self._plans: dict[object, Plan] = {}
+        self._plans: dict[object, tuple[bytes, Plan]] = {}  # of each group, with the densities that it is for
         self._excluded: frozenset[int] = frozenset()
         self._group: list[_Bucket] = []
         self._room: tuple[int, torch.device] | None = None
@@ -108,6 +106,8 @@ class VotePipeline:
             self.owner = self._new_owner(exchange.num_voters)
         if self.admission is None:
             self.admission = self._new_admission(exchange.num_voters)
+        if self.ladder is None:
+            self.ladder = self._new_ladder(exchange.num_voters)
         exchange.admission = self.admission
         if self.options.bits_per_param is not None:
             # The first column's share stands for all: they differ by a few components.
@@ -120,11 +120,23 @@ class VotePipeline:
                 COALESCE_BYTES,
                 checksum=self.options.checksum,
             )
-            self._density = min(density, self.options.max_density or 1.0)
+            self._budgeted = min(density, self.options.max_density or 1.0)
+
+    @property
+    def density(self) -> Density:
+        """Share of the components that payloads have slots for in this step."""
+        if self.ladder is None:
+            return self._budgeted
+        return np.minimum(self.ladder.densities, self.options.max_density or 1.0)
 
     def _new_owner(self, num_voters: int) -> Owner:
         options = self.options
         return make_owner(options.owner_carry, options.margin, num_voters, forget=options.forgets)
+
+    def _new_ladder(self, num_voters: int) -> DensityLadder | None:
+        if self.options.capped and self.options.bits_per_param is None:
+            return DensityLadder(self.options.ranks_per_node * num_voters)
+        return None
 
     def _new_admission(self, num_voters: int) -> Admission:
         options = self.options
@@ -161,7 +173,6 @@ class VotePipeline:
         self.steering.begin_step()
         if self.ladder is not None:
             self.ladder.begin_step()
-            self._density = min(self.ladder.density, self.options.max_density or 1.0)
         if self.admission is not None:
             self.admission.begin_step()
         self._counts.begin_step()
@@ -195,6 +206,8 @@ class VotePipeline:
             lengths.append(part.length if part.voted else 0)
         self.voter.grow(lengths, device)
         self.steering.grow(len(lengths), device)
+        if self.ladder is not None:
+            self.ladder.grow(len(lengths))
 
     def _add_l2(self, bucket: GradBucket, scale: Tensor) -> None:
         for gradient, parameter in zip(bucket.gradients(), bucket.parameters(), strict=True):
@@ -205,22 +218,25 @@ class VotePipeline:
     def plan(self, buckets: tuple[tuple[int, ...], ...], device: torch.device) -> Plan:
         """Return how an exchange group of buckets, each the rows of its parameters in order, is dealt out."""
         assert self.exchange is not None
-        key = (buckets, self._density)
-        if key not in self._plans:
-            if len(self._plans) >= _MAX_PLANS:
-                self._plans.clear()
-            self._plans[key] = Plan.build(
+        density = self.density
+        key = np.asarray(density, dtype=np.float64).tobytes()
+        known, plan = self._plans.get(buckets, (key, None))
+        if plan is None:
+            plan = Plan.build(
                 [[self._part(row) for row in rows] for rows in buckets],
                 [self.voter.home(row) for row in range(len(self._registry))],
                 self.options.ranks_per_node,
                 self.exchange.num_voters,
-                density=self._density,
+                density=density,
                 wire=self.options.wire,
                 owner_carry=self.options.owner_carry is not None,
                 device=device,
                 checksum=self.options.checksum,
             )
-        return self._plans[key]
+        elif known != key:
+            plan = plan.at(density)
+        self._plans[buckets] = key, plan
+        return plan
 
     def _flush(self, scale: Tensor, *, is_last: bool) -> None:
         """Cast the ballots of the buckets that have gathered, and send them on their way."""
@@ -339,11 +355,11 @@ class VotePipeline:
         # Half precision is written by way of float32.
         out = [gradient.float() for gradient in gradients]
         poisoned = torch.zeros((), dtype=torch.bool, device=device)
-        seen = torch.zeros(4, len(self._registry), dtype=torch.int64, device=device)
+        seen: list[Tensor] = []
         for k, (each, payload) in enumerate(zip(plan.columns, payloads, strict=True)):
             found = self.exchange.read(each.verdicts, payload, kernels_for(device), k)
             poisoned = poisoned | found.poisoned
-            self._write(gradients, out, each, found, scale, seen)
+            seen.append(self._write(gradients, out, each, found, scale))
         self._take_note(plan, seen)
         self._poisoned = self._poisoned.to(poisoned.device) | poisoned
         for gradient, wide in zip(gradients, out, strict=True):
@@ -366,14 +382,11 @@ class VotePipeline:
         return voted, raw
 
     def _write(
-        self, gradients: list[Tensor], out: list[Tensor], column: Column, found: Verdicts, scale: Tensor, seen: Tensor
-    ) -> None:
-        """Write a column's verdicts and averages into float32 buckets.
-
-        `seen`, int64 `[4, num_params]`, is added to: verdicts, slots, components in crowded pieces, components.
-        """
+        self, gradients: list[Tensor], out: list[Tensor], column: Column, found: Verdicts, scale: Tensor
+    ) -> Tensor:
+        """Write a column's verdicts and averages into float32 buckets; return what `Column.seen` makes of them."""
         kernels = kernels_for(found.planes.device)
-        counts = torch.zeros_like(column.lengths)
+        counts = torch.zeros_like(column.piece_length)
         for gradient, wide, pieces in zip(gradients, out, column.targets, strict=True):
             # In half precision a loss scale may be out of range, and an infinity would read as a bad number.
             value = scale.clamp(max=torch.finfo(gradient.dtype).max).float()
@@ -382,20 +395,22 @@ class VotePipeline:
         means = torch.split(found.mean, [length for _, _, length in column.raw_runs])
         for (k, start, length), mean in zip(column.raw_runs, means, strict=True):
             out[k][start : start + length] = mean
-        crowded = torch.zeros_like(counts)
-        if found.crowded is not None:
-            crowded.index_add_(0, column.piece_row, column.piece_length * found.crowded)
-        seen.index_add_(1, column.rows, torch.stack([counts, column.slots, crowded, column.lengths]))
+        return column.seen(counts, found.crowded)
 
-    def _take_note(self, plan: Plan, seen: Tensor) -> None:
-        """Count a group's verdicts, and let what steers see them."""
-        self._counts.verdicts(seen[3].sum(), seen[0].sum())
-        if self.options.capped:
-            verdicts, slots, crowded, lengths = seen[:, plan.rows]
+    def _take_note(self, plan: Plan, seen: list[Tensor]) -> None:
+        """Count a group's verdicts, and let what steers see them; `seen` is of each column."""
+        verdicts, _, _, lengths = torch.stack([each.sum(1) for each in seen]).sum(0)
+        self._counts.verdicts(lengths, verdicts)
+        if self.ladder is not None:
+            for column, each in zip(plan.columns, seen, strict=True):
+                self.ladder.observe(column.shares, each)
+        elif self.options.capped:
+            by_param = torch.zeros(4, len(self._registry), dtype=torch.int64, device=lengths.device)
+            for column, each in zip(plan.columns, seen, strict=True):
+                by_param.index_add_(1, column.rows, column.by_row(each))
+            verdicts, slots, crowded, lengths = by_param[:, plan.rows]
             # A parameter is crowded where most of its components lie in crowded pieces.
             self.steering.observe(plan.rows, verdicts, slots, 2 * crowded > lengths)
-            if self.ladder is not None:
-                self.ladder.observe(verdicts, slots, crowded, lengths)
 
     def _agree(self, group: list[_Bucket]) -> None:
         """Poison the step on all ranks if a checksum did not match on any; on the CPU that is an error at once."""
@@ -429,7 +444,7 @@ class VotePipeline:
             "num_voters": 1 if self.exchange is None else self.exchange.num_voters,
             "admission": None if self.admission is None else self.admission.state_dict(),
             "steering": self.steering.state_dict(names),
-            "ladder": None if self.ladder is None else self.ladder.state_dict(),
+            "ladder": None if self.ladder is None else self.ladder.state_dict(names),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], names: Mapping[str, int], num_voters: int) -> None:
@@ -456,5 +471,6 @@ class VotePipeline:
         if self.exchange is not None:
             self.exchange.admission = self.admission
         self.steering.load_state_dict(state["steering"], names)
+        self.ladder = self._new_ladder(num_voters)
         if self.ladder is not None:
-            self.ladder.load_state_dict(state["ladder"])
+            self.ladder.load_state_dict(state["ladder"], names)

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import NoneType
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distsign.kernels import Spans
-from distsign.layout import Layout, Shape, shards
+from distsign.layout import IntArray, Layout, Shape, shards
 from distsign.payload import Form, forms
+from distsign.sizes import Density
 
 __all__ = ["COALESCE_BYTES", "Column", "Part", "Plan", "exchange_groups", "fills_group", "part_of"]
 
@@ -80,14 +82,15 @@ class Column:
 
     Attributes:
         layout: of its components, where the gradient that is cast lies.
-        targets: per bucket, the pieces where they lie in the bucket itself.
+        targets: per bucket, the pieces where they lie in the bucket itself; their rows are their numbers.
         ballots: form of the payloads.
         verdicts: likewise.
         rows: int64 `[num_rows]`, the parameter of each row of the layout.
         lengths: int64 `[num_rows]`.
-        slots: int64 `[num_rows]`, most verdicts that fit.
         piece_row: int64 `[num_pieces]`.
         piece_length: int64 `[num_pieces]`.
+        piece_slots: int64 `[num_pieces]`, most verdicts that fit.
+        shares: int64 `[num_pieces]`, where the `DensityLadder` keeps each piece.
         voted_runs: `(bucket, start, length)` of every voted part as it lies in the buckets, in order.
         raw_runs: likewise of the averaged ones.
         num_voted: elements of the voted ones, per bucket.
@@ -100,9 +103,10 @@ class Column:
     verdicts: Form
     rows: Tensor
     lengths: Tensor
-    slots: Tensor
     piece_row: Tensor
     piece_length: Tensor
+    piece_slots: Tensor
+    shares: IntArray
     voted_runs: tuple[tuple[int, int, int], ...]
     raw_runs: tuple[tuple[int, int, int], ...]
     num_voted: tuple[int, ...]
@@ -113,6 +117,32 @@ class Column:
         """Components of the share."""
         return sum(self.num_voted) + self.num_raw
 
+    def seen(self, verdicts: Tensor, crowded: Tensor | None) -> Tensor:
+        """Return what a vote came to, piece by piece: verdicts, slots, components if it is crowded, components.
+
+        Args:
+            verdicts: int64 `[num_pieces]`, those other than 0, as `unpack` counts them on `targets`.
+            crowded: bool `[num_pieces]`, the census; None without caps.
+
+        Returns:
+            int64 `[4, num_pieces]`.
+        """
+        full = torch.zeros_like(self.piece_length) if crowded is None else self.piece_length * crowded
+        return torch.stack([verdicts, self.piece_slots, full, self.piece_length])
+
+    def by_row(self, seen: Tensor) -> Tensor:
+        """Add up what `seen` returned by the rows of the layout, int64 `[4, num_rows]`."""
+        return seen.new_zeros(4, self.lengths.numel()).index_add_(1, self.piece_row, seen)
+
+    def coded(self, form: Callable[..., tuple[Form, Form]], density: Density) -> Column:
+        """Return the same with payloads that have slots for this density."""
+        if not isinstance(density, (float, NoneType)):
+            density = density[self.shares]
+        ballots, verdicts = form(self.layout, density, num_raw=self.num_raw)
+        slots = self.layout.all_pieces.length if verdicts.caps is None else verdicts.caps
+        slots_there = torch.from_numpy(slots).to(self.piece_length.device)
+        return replace(self, ballots=ballots, verdicts=verdicts, piece_slots=slots_there)
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -121,10 +151,16 @@ class Plan:
     Attributes:
         columns: the shares of all columns of a node.
         rows: int64, its parameters.
+        form: `payload.forms` with the options of the vote.
     """
 
     columns: tuple[Column, ...]
     rows: Tensor
+    form: Callable[..., tuple[Form, Form]]
+
+    def at(self, density: Density) -> Plan:
+        """Return the same with payloads that have slots for another density; what lies where stays."""
+        return replace(self, columns=tuple(column.coded(self.form, density) for column in self.columns))
 
     @classmethod
     def build(
@@ -134,7 +170,7 @@ class Plan:
         num_columns: int,
         num_voters: int,
         *,
-        density: float | None,
+        density: Density,
         wire: str,
         owner_carry: bool,
         device: torch.device,
@@ -147,13 +183,15 @@ class Plan:
             homes: per row, the first element of this rank's share in what it keeps.
             num_columns: ranks of a node.
             num_voters: nodes.
-            density: see `payload.forms`.
-            wire: likewise.
+            density: share of the components that payloads have slots for: of all, or by `Column.shares`; None without
+                a cap.
+            wire: see `payload.forms`.
             owner_carry: likewise.
             device: where the gradients are.
             checksum: whether payloads end with one.
         """
         columns = []
+        form = partial(forms, wire=wire, owner_carry=owner_carry)
         for column in range(num_columns):
             voted: list[list[tuple[Part, int]]] = []
             raw: list[tuple[int, int, int]] = []
@@ -167,55 +205,51 @@ class Plan:
                     elif part.voted and (part.length or num_columns == 1):
                         voted[-1].append((part, start + part.begin))
                     start += whole.length
-            form = partial(forms, density=density, wire=wire, owner_carry=owner_carry)
-            columns.append(_column(voted, raw, homes, num_voters, num_columns > 1, form, device, checksum=checksum))
-        rows = [part.row for bucket in buckets for part in bucket]
-        return cls(tuple(columns), torch.tensor(rows, dtype=torch.int64, device=device))
+            shapes = [[Shape(part.row, part.length, homes[part.row]) for part, _ in bucket] for bucket in voted]
+            starts = [[start for _, start in bucket] for bucket in voted]
+            layout = Layout.build(shapes, num_voters, None if num_columns > 1 else starts, checksum=checksum)
+            first_share = np.asarray([(s.index * num_columns + column) * num_voters for s in layout.shapes], np.int64)
+            columns.append(_column(layout, first_share, voted, raw, form, device))
+        rows = torch.tensor([part.row for bucket in buckets for part in bucket], dtype=torch.int64, device=device)
+        return cls(tuple(columns), rows, form).at(density)
 
 
 def _column(
+    layout: Layout,
+    first_share: IntArray,
     voted: list[list[tuple[Part, int]]],
     raw: list[tuple[int, int, int]],
-    homes: Sequence[int],
-    num_voters: int,
-    gathered: bool,
     form: Callable[..., tuple[Form, Form]],
     device: torch.device,
-    *,
-    checksum: bool,
 ) -> Column:
-    shapes = [[Shape(part.row, part.length, homes[part.row]) for part, _ in bucket] for bucket in voted]
-    starts = [[start for _, start in bucket] for bucket in voted]
-    layout = Layout.build(shapes, num_voters, None if gathered else starts, checksum=checksum)
-    num_raw = sum(length for _, _, length in raw)
-    ballots, verdicts = form(layout, num_raw=num_raw)
-    pieces = layout.all_pieces
-    lengths = torch.tensor([shape.num_elements for shape in layout.shapes], dtype=torch.int64, device=device)
-    piece_row = torch.from_numpy(pieces.row).to(device)
-    slots = torch.from_numpy(pieces.length if verdicts.caps is None else verdicts.caps).to(device)
-    runs = [(k, start, part.length) for k, bucket in enumerate(voted) for part, start in bucket]
+    """Return a column without caps."""
+    pieces, num_raw = layout.all_pieces, sum(length for _, _, length in raw)
+    lengths = torch.from_numpy(pieces.length).to(device)
+    ballots, verdicts = form(layout, None, num_raw=num_raw)
     return Column(
         layout,
-        targets=_targets(layout, starts),
+        targets=_targets(layout, [[start for _, start in bucket] for bucket in voted]),
         ballots=ballots,
         verdicts=verdicts,
         rows=torch.tensor([shape.index for shape in layout.shapes], dtype=torch.int64, device=device),
-        lengths=lengths,
-        slots=torch.zeros_like(lengths).index_add_(0, piece_row, slots),
-        piece_row=piece_row,
-        piece_length=torch.from_numpy(pieces.length).to(device),
-        voted_runs=tuple(runs),
+        lengths=torch.tensor([shape.num_elements for shape in layout.shapes], dtype=torch.int64, device=device),
+        piece_row=torch.from_numpy(pieces.row).to(device),
+        piece_length=lengths,
+        piece_slots=lengths,
+        shares=first_share[pieces.row] + np.concatenate(layout.owners),
+        voted_runs=tuple((k, start, part.length) for k, bucket in enumerate(voted) for part, start in bucket),
         raw_runs=tuple(raw),
-        num_voted=tuple(sum(shape.num_elements for shape in bucket) for bucket in shapes),
+        num_voted=tuple(sum(part.length for part, _ in bucket) for bucket in voted),
         num_raw=num_raw,
     )
 
 
 def _targets(layout: Layout, starts: list[list[int]]) -> tuple[Spans, ...]:
-    """Return the pieces with the places that they have in the buckets."""
-    found, first_row = [], 0
+    """Return the pieces with the places that they have in the buckets, and their numbers for rows."""
+    found, first_row, first = [], 0, 0
     for pieces, params, begins in zip(layout.pieces, layout.params, starts, strict=True):
         shift = np.asarray(begins, dtype=np.int64) - params.start
-        found.append(replace(pieces, start=pieces.start + shift[pieces.row - first_row]))
-        first_row += params.start.size
+        numbers = np.arange(first, first + pieces.row.size, dtype=np.int64)
+        found.append(replace(pieces, start=pieces.start + shift[pieces.row - first_row], row=numbers))
+        first_row, first = first_row + params.start.size, first + numbers.size
     return tuple(found)

@@ -7,7 +7,6 @@ the host.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from distsign.confidence import Confidence
 
-__all__ = ["DensityLadder", "Steering"]
+__all__ = ["Steering"]
 
 GAIN = 0.05
 """Most that a threshold changes in a step under a budget."""
@@ -24,9 +23,6 @@ FILL = 0.8
 """Share of the slots that a budget is steered to fill: fuller, and more would wait than travels."""
 LOWEST, HIGHEST = 1.0 / 64.0, 64.0
 """Bounds of the factor on a threshold."""
-
-_LAST_RUNG = 96
-_FILL = 0.7
 
 
 class Steering:
@@ -104,71 +100,3 @@ class Steering:
         self.clean_steps = torch.full_like(self.clean_steps, state["clean_steps"])
         for name, value in state["factors"].items():
             self.factors[names[name]] = value
-
-
-class DensityLadder:
-    """The density of the slots in payloads whose size no budget fixes, by what all ranks have seen.
-
-    Rungs are an eighth of an octave apart. Where most components lie in crowded pieces it climbs, twice as far each
-    time that this happens again; else it goes down to where the last step's verdicts would have filled seven slots in
-    ten, by one rung at least and an octave at most. So about as many steps have a few slots too few as too many. What
-    did not fit meanwhile waits in the carries, and is not many steps old, since what waits crowds the next step too.
-    Counts come to the host one step late on CUDA, so that it never waits for work in progress.
-
-    Attributes:
-        rung: now; 0 is a slot for every component.
-    """
-
-    def __init__(self) -> None:
-        self.rung = 0
-        self._climbed = 0
-        self._seen: tuple[Tensor, Any] | None = None
-        self._step: list[Tensor] = []
-
-    @property
-    def density(self) -> float:
-        """Share of the components that have a slot."""
-        return float(2.0 ** (-self.rung / 8))
-
-    def begin_step(self) -> None:
-        """Move by what the last step showed."""
-        self._step.clear()
-        if self._seen is None:
-            return
-        counts, event = self._seen
-        self._seen = None
-        if event is not None:
-            event.synchronize()
-        poisoned, verdicts, slots, crowded, elements = counts.tolist()
-        if poisoned:
-            return
-        if 2 * crowded > elements:
-            self._climbed = min(2 * self._climbed, 8) or 1
-            self.rung = max(0, self.rung - self._climbed)
-        else:
-            self._climbed = 0
-            down = 8 * math.log2(_FILL * slots / max(1, verdicts)) if slots else 1
-            self.rung = min(_LAST_RUNG, self.rung + max(1, min(8, round(down))))
-
-    def observe(self, verdicts: Tensor, slots: Tensor, crowded: Tensor, lengths: Tensor) -> None:
-        """Take note of a group, int64 `[num_rows]` each: verdicts, slots, components in crowded pieces, components."""
-        self._step.append(torch.stack([verdicts.sum(), slots.sum(), crowded.sum(), lengths.sum()]))
-
-    def commit(self, poisoned: Tensor) -> None:
-        """End the step."""
-        counts = torch.cat([poisoned.to(torch.int64).reshape(1), torch.stack(self._step).sum(0)])
-        event = None
-        if counts.device.type == "cuda":
-            counts = counts.to("cpu", non_blocking=True)  # into pinned memory, complete at the event
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        self._seen = counts, event
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
-        self.begin_step()  # settle what was seen; the next step begins from it in any case
-        return {"rung": self.rung, "climbed": self._climbed}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`."""
-        self.rung, self._climbed, self._seen = state["rung"], state["climbed"], None

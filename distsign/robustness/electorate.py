@@ -235,10 +235,9 @@ class Electorate:
         self._owner.commit(found.poisoned)
         if self.options.bits_per_param is not None:
             assert found.crowded is not None
-            crowded = torch.zeros_like(self._column.lengths)
-            crowded.index_add_(0, self._column.piece_row, self._column.piece_length * found.crowded)
-            most_crowded = 2 * crowded > self._column.lengths
-            self._steering.observe(self._column.rows, counts, self._column.slots, most_crowded)
+            column = self._column
+            verdicts, slots, crowded, lengths = column.by_row(column.seen(counts, found.crowded))
+            self._steering.observe(column.rows, verdicts, slots, 2 * crowded > lengths)
         self._steering.commit(found.poisoned)
         self.admission.commit(self.admission.seen)
 
