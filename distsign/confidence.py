@@ -58,6 +58,11 @@ class Confidence(ABC):
         """Whether alpha may be steered so that the votes fill a budget; else it is what the user chose."""
         return True
 
+    @property
+    def silent_steps(self) -> int:
+        """Number of first steps in which hardly anybody votes, so that payloads need no slots."""
+        return 0
+
     def warm_up(self, *, budgeted: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return the factors on alpha and on the learning rate, by the clean steps so far; the last ones hold on.
 
@@ -265,6 +270,13 @@ class RMSConfidence(Confidence):
     @property
     def fills_budget(self) -> bool:  # noqa: D102
         return False
+
+    @property
+    def silent_steps(self) -> int:  # noqa: D102
+        # A gradient that stays as it is adds 1 a step, and passes a threshold of 4 in the fifth one; in the fourth,
+        # where it grows meanwhile, as many do.
+        first = min(self.start, self.k) if self.warmup_steps else self.k
+        return max(0, math.ceil(first) - 1)
 
     def warm_up(self, *, budgeted: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:  # noqa: D102
         if budgeted:

@@ -18,55 +18,60 @@ from distsign.layout import IntArray
 
 __all__ = ["DensityLadder"]
 
-_LAST_RUNG = 96
-_DENSITIES = 2.0 ** (-np.arange(_LAST_RUNG + 1) / 8)
+_OCTAVE = 32
+"""Rungs by which the slots double, and the most that a piece moves in a step."""
+_LAST_RUNG = 12 * _OCTAVE
+_DENSITIES = 2.0 ** (-np.arange(_LAST_RUNG + 1) / _OCTAVE)
+_CALM = 4
+"""Steps for which a piece may be crowded before it climbs faster and faster."""
+_DOWN = 4
+"""Rungs that a piece goes down at least where it is not crowded: so it is crowded in four steps of five."""
 _FILL = 0.7
-"""Share of the slots that the last step's verdicts would have filled where a piece goes down to."""
-_MOST = 8
-"""Rungs that a piece moves in a step at most: an octave."""
-_ROOM = 2.0 ** ((np.arange(1, _MOST) + 0.5) / 8)
-"""As many times more room than is filled let a piece go down by two rungs, by three, and so on."""
-_PATIENCE = 8
-"""Clean steps in which nobody goes down unless somebody has voted: carries need some to pass their thresholds."""
+"""Share of its slots that the last step's verdicts would have filled where a piece goes down further."""
+_ROOM = 2.0 ** ((np.arange(_DOWN, _OCTAVE) + 0.5) / _OCTAVE)
 
 
 class DensityLadder:
     """The density of each piece's slots.
 
-    Rungs are an eighth of an octave apart. A crowded piece climbs, twice as far each time that this happens again; any
-    other goes down to where the last step's verdicts would have filled seven slots in ten, by one rung at least and an
-    octave at most, but not beyond a single slot. So in about as many steps a piece has a few slots too few as too many.
-    What did not fit meanwhile waits in the carries, and is not many steps old, since what waits crowds the next step
-    too. Pieces differ: those of an embedding vote ten times as often as others (rows of rare words are pushed down
-    always), and with the slots of the average their votes would queue for ever, too old to be of use (measured: a GPT
-    then learned nothing for hundreds of steps).
+    Rungs are a 32nd of an octave apart. A crowded piece climbs a rung, and faster and faster if that goes on; any other
+    goes down four, or as far as lets the last step's verdicts fill seven slots in ten. So a piece is crowded in four
+    steps of five, and its slots are mostly used. What did not fit waits in the carries, and is not many steps old,
+    since what waits crowds the next step too (measured: a GPT of 484,416 parameters has, after 150 steps, the loss of
+    uncapped payloads to within 0.04 bits).
+
+    Pieces differ: those of an embedding vote ten times as often as others, since what never occurs is pushed down
+    always. With the slots of the average such votes queue for ever, too old to be of use (measured: the same GPT is
+    1.7 bits behind).
 
     Counts come to the host one step late on CUDA, so that it never waits for work in progress.
 
     Args:
         num_shares: pieces that a parameter has at most, over all columns.
+        silent_steps: first clean steps in which hardly anybody votes, see `Confidence.silent_steps`. Until then, or
+            until a piece is crowded, each has one slot a voter; then one for every component.
     """
 
-    def __init__(self, num_shares: int) -> None:
+    def __init__(self, num_shares: int, silent_steps: int = 0) -> None:
         self._num_shares = num_shares
+        self._silence = silent_steps
         self._rungs: IntArray = np.zeros(0, dtype=np.int64)
-        self._climbed: IntArray = np.zeros(0, dtype=np.int64)
-        self._patience = _PATIENCE
+        self._streaks: IntArray = np.zeros(0, dtype=np.int64)  # steps for which each has been crowded
         self._seen: tuple[IntArray, Tensor, Any] | None = None
         self._shares: list[IntArray] = []
         self._step: list[Tensor] = []
 
     def grow(self, num_params: int) -> None:
-        """Make room for parameters up to `num_params`; their pieces begin with a slot for every component."""
+        """Make room for parameters up to `num_params`."""
         missing = num_params * self._num_shares - self._rungs.size
         if missing > 0:
             self._rungs = np.pad(self._rungs, (0, missing))
-            self._climbed = np.pad(self._climbed, (0, missing))
+            self._streaks = np.pad(self._streaks, (0, missing))
 
     @property
     def densities(self) -> npt.NDArray[np.float64]:
         """Share of each piece's components that have a slot, float64 `[num_params * num_shares]`."""
-        densities: npt.NDArray[np.float64] = _DENSITIES[self._rungs]
+        densities: npt.NDArray[np.float64] = _DENSITIES[self._rungs] * (self._silence == 0)
         return densities
 
     def begin_step(self) -> None:
@@ -84,16 +89,16 @@ class DensityLadder:
             self._move(shares, *seen)
 
     def _move(self, shares: IntArray, verdicts: IntArray, slots: IntArray, full: IntArray, lengths: IntArray) -> None:
-        if not verdicts.any() and self._patience:
-            self._patience -= 1
+        if self._silence:
+            self._silence = 0 if full.any() else self._silence - 1
             return
-        self._patience = 0
-        climbed = np.where(full > 0, np.clip(2 * self._climbed[shares], 1, _MOST), 0)
-        room = _FILL * slots / np.maximum(1, verdicts)
-        down = np.where(full > 0, 0, 1 + np.searchsorted(_ROOM, room, side="right"))
-        lowest = np.searchsorted(-_DENSITIES, -1.0 / np.maximum(1, lengths))
-        self._climbed[shares] = climbed
-        self._rungs[shares] = np.clip(self._rungs[shares] - climbed + down, 0, np.minimum(lowest, _LAST_RUNG))
+        streaks = np.where(full > 0, self._streaks[shares] + 1, 0)
+        up = 2 ** np.clip(streaks - _CALM, 0, 5)
+        down = _DOWN + np.searchsorted(_ROOM, _FILL * slots / np.maximum(1, verdicts), side="right")
+        lowest = np.searchsorted(-_DENSITIES, -1.0 / np.maximum(1, lengths))  # a single slot
+        moved = self._rungs[shares] + np.where(full > 0, -up, down)
+        self._streaks[shares] = streaks
+        self._rungs[shares] = np.clip(moved, 0, np.minimum(lowest, _LAST_RUNG))
 
     def observe(self, shares: IntArray, seen: Tensor) -> None:
         """Take note of some pieces.
@@ -124,15 +129,15 @@ class DensityLadder:
             table = values.reshape(-1, self._num_shares)
             return {name: table[row].tolist() for name, row in names.items() if row < len(table)}
 
-        return {"rungs": by_name(self._rungs), "climbed": by_name(self._climbed), "patience": self._patience}
+        return {"rungs": by_name(self._rungs), "streaks": by_name(self._streaks), "silence": self._silence}
 
     def load_state_dict(self, state: Mapping[str, Any], names: Mapping[str, int]) -> None:
         """Go on from `state_dict()`. Cut into other pieces, a parameter's begin from its densest one."""
         self._seen = None
-        self._patience = state["patience"]
+        self._silence = state["silence"]
         self.grow(1 + max((names[name] for name in state["rungs"]), default=-1))
-        rungs, climbed = (each.reshape(-1, self._num_shares) for each in (self._rungs, self._climbed))
+        rungs, streaks = (each.reshape(-1, self._num_shares) for each in (self._rungs, self._streaks))
         for name, kept in state["rungs"].items():
             same = len(kept) == self._num_shares
             rungs[names[name]] = kept if same else min(kept)
-            climbed[names[name]] = state["climbed"][name] if same else 0
+            streaks[names[name]] = state["streaks"][name] if same else 0

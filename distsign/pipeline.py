@@ -135,7 +135,7 @@ class VotePipeline:
 
     def _new_ladder(self, num_voters: int) -> DensityLadder | None:
         if self.options.capped and self.options.bits_per_param is None:
-            return DensityLadder(self.options.ranks_per_node * num_voters)
+            return DensityLadder(self.options.ranks_per_node * num_voters, self.options.confidence.silent_steps)
         return None
 
     def _new_admission(self, num_voters: int) -> Admission:
