@@ -472,5 +472,5 @@ class VotePipeline:
             self.exchange.admission = self.admission
         self.steering.load_state_dict(state["steering"], names)
         self.ladder = self._new_ladder(num_voters)
-        if self.ladder is not None:
+        if self.ladder is not None and state["ladder"] is not None:  # None where no step had been taken
             self.ladder.load_state_dict(state["ladder"], names)

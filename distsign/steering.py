@@ -1,4 +1,4 @@
-"""What all ranks know alike of a run, and derive the same from: thresholds, learning rate and density of slots.
+"""What all ranks know alike of a run, and derive the same from: thresholds and learning rate.
 
 Nothing here may differ between replicas: it is computed from the counts of verdicts and from the owners' census, with
 the four operations and comparisons alone, which IEEE arithmetic rounds alike on every device, and from tables made on

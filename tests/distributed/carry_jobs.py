@@ -86,8 +86,10 @@ class CarryOracle:
             factor = float(self.warm_up(turn - 1 - self.num_poisoned))
             ballots, new = self.vote(gradients[name].reshape(-1).float(), old, factor)
             pieces = shards(Shape(row, n), self.world_size)
-            if pipeline._density is not None:
-                caps = [min(b - a, max(1, math.floor(pipeline._density * (b - a)))) for _, a, b in pieces]
+            density = pipeline.density
+            if density is not None:
+                of = np.broadcast_to(density, (len(pipeline._registry) * self.world_size,))[row * self.world_size :]
+                caps = [min(b - a, max(1, math.floor(of[owner] * (b - a)))) for owner, a, b in pieces]
                 fits = [keep_some(ballots[a:b], c, turn + 7 * row) for (_, a, b), c in zip(pieces, caps, strict=True)]
                 fit = torch.cat([*fits, torch.zeros(0)])
                 forgotten = ballots != 0 if "bits_per_param" in self.case.options else fit != 0
@@ -97,7 +99,7 @@ class CarryOracle:
             everyone = [torch.empty_like(ballots) for _ in range(self.world_size)]
             dist.all_gather(everyone, ballots)
             verdict = self.decide(torch.stack(everyone), new)
-            if pipeline._density is not None and self.case.options.get("owner_carry"):
+            if density is not None and self.case.options.get("owner_carry"):
                 parts = [keep_some(verdict[a:b], c, turn + 7 * row) for (_, a, b), c in zip(pieces, caps, strict=True)]
                 wanted, verdict = verdict, torch.cat([*parts, torch.zeros(0)])
             self.settle(verdict, new)
@@ -275,7 +277,7 @@ def count_budget(rank: int, world_size: int, bits_per_param: float) -> tuple[int
     assert len(seen) == 1, seen
     sent, received = seen.pop()
     order = [[Shape(row, p.numel()) for row, p in enumerate(net.parameters())]]
-    want = step_bytes(order, world_size, rank, density=state._pipeline._density)
+    want = step_bytes(order, world_size, rank, density=state._pipeline.density)
     assert (sent, received) == (want.sent_bytes, want.received_bytes)
     state.close()
     return sent, math.floor(bits_per_param * num_elements / 8)
