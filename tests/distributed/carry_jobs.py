@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-from distsign import FixedConfidence, RMSConfidence, SignAdamPP, SignVoteState
+from distsign import FixedConfidence, RMSConfidence, SignAdamPP, SignVoteState, sign_vote_hook
 from distsign.layout import Shape, shards
 from distsign.traffic import step_bytes
 from distsign.vote import majority_vote
@@ -381,3 +382,32 @@ def join_with_carries(rank: int, world_size: int, case: Case) -> str:
         assert kept["carry"].any() or kept["carry"].numel() < 20
     state.close()
     return digest(net)
+
+
+class SteadyAndNoise(torch.nn.Module):
+    """A small parameter whose gradient stays as it is, and a large one with nothing but noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steady = torch.nn.Parameter(torch.zeros(20_000))
+        self.noise = torch.nn.Parameter(torch.zeros(200_000))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (self.steady * torch.linspace(1, 2, self.steady.numel())).sum() + (self.noise * z).sum()
+
+
+def count_steady_verdicts(rank: int, world_size: int, num_steps: int) -> float:
+    """Return how often a component with a steady gradient got a verdict, on average."""
+    net = SteadyAndNoise()
+    model = DDP(net)
+    state = SignVoteState(confidence=RMSConfidence(k=8, start=8))
+    model.register_comm_hook(state, sign_vote_hook)
+    counts = torch.zeros(net.steady.numel())
+    for step in range(num_steps):
+        generator = torch.Generator().manual_seed(step * world_size + rank)
+        model.zero_grad()
+        model(torch.randn(net.noise.numel(), generator=generator)).backward()
+        assert net.steady.grad is not None
+        counts += net.steady.grad.abs()
+    state.close()
+    return float(counts.mean())

@@ -59,7 +59,10 @@ def test_a_poisoned_step_leaves_no_trace(rank_pool: Pools, name: str) -> None:
     assert len(set(rank_pool(3).run(jobs.train_carry_against_oracle, CASES[name], (0, 2, 3)))) == 1
 
 
-@pytest.mark.parametrize("name", ["planes, both carries", "budget", "budget, sparse, standing", "bf16"])
+@pytest.mark.parametrize(
+    "name",
+    ["planes, both carries", "sizes by what was seen, both carries", "budget", "budget, sparse, standing", "bf16"],
+)
 def test_a_resumed_run_repeats_an_unbroken_one(rank_pool: Pools, name: str) -> None:
     rank_pool(3).run(jobs.resume_with_carries, CASES[name])
 
@@ -70,6 +73,17 @@ def test_a_budget_is_kept_and_filled(rank_pool: Pools, bits_per_param: float) ->
     # Each rank sends the payloads of ballots but its own, and its own verdicts twice: in all 2 (W - 1) times both.
     payload_bytes = sum(sent for sent, _ in results) / (2 * 2)
     assert 0.95 * results[0][1] < payload_bytes <= results[0][1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_parameter_that_votes_often_does_not_starve_beside_others(rank_pool: Pools, world_size: int) -> None:
+    """Each component passes k = 8 in every ninth step; one that has to wait for a slot must not wait for long.
+
+    With the slots of the average it got an eighth of these verdicts.
+    """
+    num_steps = 180
+    for count in rank_pool(world_size).run(jobs.count_steady_verdicts, num_steps):
+        assert 0.6 * num_steps / 9 <= count <= num_steps / 9
 
 
 EXCLUDED = ["gain", "first.bias", "last.bias"]
