@@ -21,14 +21,17 @@ __all__ = ["DensityLadder"]
 _OCTAVE = 32
 """Rungs by which the slots double, and the most that a piece moves in a step."""
 _LAST_RUNG = 12 * _OCTAVE
-_DENSITIES = 2.0 ** (-np.arange(_LAST_RUNG + 1) / _OCTAVE)
+# As float32 numbers: the last bit of a power is the processor's, and that of one rank may be another's.
+_DENSITIES = (2.0 ** (-np.arange(_LAST_RUNG + 1) / _OCTAVE)).astype(np.float32).astype(np.float64)
 _CALM = 4
 """Steps for which a piece may be crowded before it climbs faster and faster."""
 _DOWN = 4
 """Rungs that a piece goes down at least where it is not crowded: so it is crowded in four steps of five."""
 _FILL = 0.7
 """Share of its slots that the last step's verdicts would have filled where a piece goes down further."""
-_ROOM = 2.0 ** ((np.arange(_DOWN, _OCTAVE) + 0.5) / _OCTAVE)
+_ROOM = (2.0 ** ((np.arange(_DOWN, _OCTAVE) + 0.5) / _OCTAVE)).astype(np.float32).astype(np.float64)
+_UNSEEN = -1
+"""In place of a rung, where no piece has been seen: at first, and for shares that small parameters do not have."""
 
 
 class DensityLadder:
@@ -47,13 +50,15 @@ class DensityLadder:
     Counts come to the host one step late on CUDA, so that it never waits for work in progress.
 
     Args:
-        num_shares: pieces that a parameter has at most, over all columns.
+        num_columns: ranks of a node.
+        num_voters: owners in a column; a parameter has at most one piece for each column and owner.
         silent_steps: first clean steps in which hardly anybody votes, see `Confidence.silent_steps`. Until then, or
             until a piece is crowded, each has one slot a voter; then one for every component.
     """
 
-    def __init__(self, num_shares: int, silent_steps: int = 0) -> None:
-        self._num_shares = num_shares
+    def __init__(self, num_columns: int, num_voters: int, silent_steps: int = 0) -> None:
+        self._cut = [num_columns, num_voters]
+        self._num_shares = num_columns * num_voters
         self._silence = silent_steps
         self._rungs: IntArray = np.zeros(0, dtype=np.int64)
         self._streaks: IntArray = np.zeros(0, dtype=np.int64)  # steps for which each has been crowded
@@ -65,13 +70,13 @@ class DensityLadder:
         """Make room for parameters up to `num_params`."""
         missing = num_params * self._num_shares - self._rungs.size
         if missing > 0:
-            self._rungs = np.pad(self._rungs, (0, missing))
+            self._rungs = np.pad(self._rungs, (0, missing), constant_values=_UNSEEN)
             self._streaks = np.pad(self._streaks, (0, missing))
 
     @property
     def densities(self) -> npt.NDArray[np.float64]:
         """Share of each piece's components that have a slot, float64 `[num_params * num_shares]`."""
-        densities: npt.NDArray[np.float64] = _DENSITIES[self._rungs] * (self._silence == 0)
+        densities: npt.NDArray[np.float64] = _DENSITIES[np.maximum(0, self._rungs)] * (self._silence == 0)
         return densities
 
     def begin_step(self) -> None:
@@ -96,7 +101,7 @@ class DensityLadder:
         up = 2 ** np.clip(streaks - _CALM, 0, 5)
         down = _DOWN + np.searchsorted(_ROOM, _FILL * slots / np.maximum(1, verdicts), side="right")
         lowest = np.searchsorted(-_DENSITIES, -1.0 / np.maximum(1, lengths))  # a single slot
-        moved = self._rungs[shares] + np.where(full > 0, -up, down)
+        moved = np.maximum(0, self._rungs[shares]) + np.where(full > 0, -up, down)
         self._streaks[shares] = streaks
         self._rungs[shares] = np.clip(moved, 0, np.minimum(lowest, _LAST_RUNG))
 
@@ -129,7 +134,8 @@ class DensityLadder:
             table = values.reshape(-1, self._num_shares)
             return {name: table[row].tolist() for name, row in names.items() if row < len(table)}
 
-        return {"rungs": by_name(self._rungs), "streaks": by_name(self._streaks), "silence": self._silence}
+        found = {"rungs": by_name(self._rungs), "streaks": by_name(self._streaks)}
+        return {**found, "silence": self._silence, "cut": list(self._cut)}
 
     def load_state_dict(self, state: Mapping[str, Any], names: Mapping[str, int]) -> None:
         """Go on from `state_dict()`. Cut into other pieces, a parameter's begin from its densest one."""
@@ -137,7 +143,7 @@ class DensityLadder:
         self._silence = state["silence"]
         self.grow(1 + max((names[name] for name in state["rungs"]), default=-1))
         rungs, streaks = (each.reshape(-1, self._num_shares) for each in (self._rungs, self._streaks))
+        same = state["cut"] == self._cut
         for name, kept in state["rungs"].items():
-            same = len(kept) == self._num_shares
-            rungs[names[name]] = kept if same else min(kept)
+            rungs[names[name]] = kept if same else min((rung for rung in kept if rung != _UNSEEN), default=_UNSEEN)
             streaks[names[name]] = state["streaks"][name] if same else 0

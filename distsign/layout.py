@@ -13,6 +13,8 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from distsign.kernels.spans import Spans, plane_bytes
 from distsign.wire.header import CHECKSUM_BYTES, HEADER_BYTES
@@ -151,6 +153,24 @@ class Layout:
         )
         self._owned[owner] = spans, chosen
         return spans, chosen
+
+    @cached_property
+    def tables(self) -> dict[tuple[object, ...], Tensor]:
+        """Constants on devices, by names that their users choose: sizes change every step, and these must not."""
+        return {}
+
+    def numbers(self, owner: int, device: torch.device) -> Tensor:
+        """Return the numbers of one owner's pieces, int64, on a device."""
+        key = ("numbers", owner, device)
+        if key not in self.tables:
+            self.tables[key] = torch.from_numpy(self.owned(owner)[1]).to(device)
+        return self.tables[key]
+
+    @cached_property
+    def census_bytes(self) -> tuple[int, ...]:
+        """Per owner, bytes of one bit for each of its pieces."""
+        num_pieces = np.bincount(np.concatenate(self.owners), minlength=len(self.sizes))
+        return tuple(((num_pieces + 7) // 8).tolist())
 
     @property
     def buffer_bytes(self) -> int:

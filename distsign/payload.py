@@ -131,19 +131,18 @@ class Form:
             whole = tuple(size + 4 * n for size, n in zip(layout.sizes, raw, strict=True))
             return cls(layout, verdict, None, (None,) * num_owners, (0,) * num_owners, raw, whole)
         codes: list[SparseCode | None] = []
-        census, sizes = [], []
-        for owner in range(num_owners):
-            numbers = layout.owned(owner)[1]
+        sizes, census = [], layout.census_bytes
+        slots = np.bincount(np.concatenate(layout.owners), weights=caps, minlength=num_owners).astype(np.int64)
+        for owner, num_slots in enumerate(slots.tolist()):
             num_bytes = layout.plane_bytes(owner)
-            code: SparseCode | None = SparseCode(8 * num_bytes, int(caps[numbers].sum()))
+            code: SparseCode | None = SparseCode(8 * num_bytes, num_slots)
             assert code is not None
             if wire == "planes" or (wire == "auto" and code.num_bytes >= 2 * num_bytes):
                 code = None
             codes.append(code)
-            census.append((numbers.size + 7) // 8)
             body_bytes = 2 * num_bytes if code is None else code.num_bytes
-            sizes.append(HEADER_BYTES + census[-1] + body_bytes + 4 * raw[owner] + CHECKSUM_BYTES * layout.checksum)
-        return cls(layout, verdict, caps, tuple(codes), tuple(census), raw, tuple(sizes))
+            sizes.append(HEADER_BYTES + census[owner] + body_bytes + 4 * raw[owner] + CHECKSUM_BYTES * layout.checksum)
+        return cls(layout, verdict, caps, tuple(codes), census, raw, tuple(sizes))
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -186,7 +185,7 @@ class Form:
         shares = torch.split(raw, list(self.raw_elements))
         for owner, at in enumerate(self.layout.offsets):
             body = planes[at + HEADER_BYTES :][: 2 * self.layout.plane_bytes(owner)]
-            chosen = None if crowded is None else crowded[self._numbers(owner, planes.device)]
+            chosen = None if crowded is None else crowded[self.layout.numbers(owner, planes.device)]
             self._seal_into(parts[owner], owner, body, chosen, shares[owner], poisoned, kernels)
         return buffer
 
@@ -253,11 +252,11 @@ class Form:
             owners: of each, whose pieces it speaks of.
             headers: uint8 `[n, HEADER_BYTES]`.
         """
-        device = headers.device
-        key = ("expected", *owners, device)
-        if key not in self._tables:
-            self._tables[key] = self._header_rows(device)[list(owners)]
-        differences = headers ^ self._tables[key]
+        device, tables = headers.device, self.layout.tables
+        key = ("expected", self._kind, *owners, device)
+        if key not in tables:
+            tables[key] = self._header_rows(device)[list(owners)]
+        differences = headers ^ tables[key]
         differences[:, POISON_BYTE] &= ~POISON_FLAG & 0xFF
         return differences.any(1)
 
@@ -316,7 +315,7 @@ class Form:
             first = self.layout.offsets[owner] + HEADER_BYTES
             ok.append(part.write_planes(0, planes[first : first + 2 * part.num_bytes], kernels))
             if crowded is not None and part.crowded is not None:
-                crowded[self._numbers(owner, buffer.device)] = part.crowded[0]
+                crowded[self.layout.numbers(owner, buffer.device)] = part.crowded[0]
             raw.append(part.raw[0])
         return planes, crowded, torch.cat(raw), torch.stack(ok)
 
@@ -326,22 +325,17 @@ class Form:
         return self.caps is None and self.sizes == self.layout.sizes
 
     @cached_property
-    def _tables(self) -> dict[tuple[object, ...], Tensor]:
-        return {}  # small constants on the device, made once
-
-    def _numbers(self, owner: int, device: torch.device) -> Tensor:
-        key = ("numbers", owner, device)
-        if key not in self._tables:
-            self._tables[key] = torch.from_numpy(self.layout.owned(owner)[1]).to(device)
-        return self._tables[key]
+    def _kind(self) -> tuple[object, ...]:
+        """What headers depend on, besides the layout."""
+        return self.verdict, tuple(code is None for code in self.codes)
 
     def _header_rows(self, device: torch.device) -> Tensor:
         """Return each owner's header, uint8 `[num_owners, HEADER_BYTES]`."""
-        key = ("headers", device)
-        if key not in self._tables:
+        tables, key = self.layout.tables, ("headers", self._kind, device)
+        if key not in tables:
             data = bytearray(b"".join(header.encode() for header in self.headers))
-            self._tables[key] = torch.frombuffer(data, dtype=torch.uint8).view(-1, HEADER_BYTES).to(device)
-        return self._tables[key]
+            tables[key] = torch.frombuffer(data, dtype=torch.uint8).view(-1, HEADER_BYTES).to(device)
+        return tables[key]
 
 
 def forms(layout: Layout, density: Density, wire: str, *, owner_carry: bool, num_raw: int = 0) -> tuple[Form, Form]:

@@ -135,7 +135,7 @@ class VotePipeline:
 
     def _new_ladder(self, num_voters: int) -> DensityLadder | None:
         if self.options.capped and self.options.bits_per_param is None:
-            return DensityLadder(self.options.ranks_per_node * num_voters, self.options.confidence.silent_steps)
+            return DensityLadder(self.options.ranks_per_node, num_voters, self.options.confidence.silent_steps)
         return None
 
     def _new_admission(self, num_voters: int) -> Admission:
@@ -456,6 +456,7 @@ class VotePipeline:
             )
         device = self.voter.stats.device
         self.voter = Voter(self.options.confidence, self.options.carry)
+        self.ladder = self._new_ladder(num_voters)
         self._room = None
         self.grow(device)
         for name, kept in state["voter"].items():
@@ -471,6 +472,7 @@ class VotePipeline:
         if self.exchange is not None:
             self.exchange.admission = self.admission
         self.steering.load_state_dict(state["steering"], names)
-        self.ladder = self._new_ladder(num_voters)
-        if self.ladder is not None and state["ladder"] is not None:  # None where no step had been taken
+        if (
+            self.ladder is not None and state["ladder"] is not None
+        ):  # None before the first step, or under other options
             self.ladder.load_state_dict(state["ladder"], names)

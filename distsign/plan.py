@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distsign.kernels import Spans
+from distsign.kernels.chunks import upload
 from distsign.layout import IntArray, Layout, Shape, shards
 from distsign.payload import Form, forms
 from distsign.sizes import Density
@@ -140,8 +141,8 @@ class Column:
             density = density[self.shares]
         ballots, verdicts = form(self.layout, density, num_raw=self.num_raw)
         slots = self.layout.all_pieces.length if verdicts.caps is None else verdicts.caps
-        slots_there = torch.from_numpy(slots).to(self.piece_length.device)
-        return replace(self, ballots=ballots, verdicts=verdicts, piece_slots=slots_there)
+        piece_slots = upload(torch.from_numpy(slots), self.piece_length.device)
+        return replace(self, ballots=ballots, verdicts=verdicts, piece_slots=piece_slots)
 
 
 @dataclass(frozen=True, eq=False)

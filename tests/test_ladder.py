@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from distsign import RMSConfidence
@@ -24,7 +25,7 @@ class Demand:
     def step(self, arrivals: np.ndarray, poisoned: torch.Tensor = CLEAN) -> tuple[np.ndarray, np.ndarray]:
         """Return the votes sent, and the slots that there were."""
         self.ladder.begin_step()
-        slots = np.maximum(1, np.floor(self.ladder.densities * self.lengths))
+        slots = np.maximum(1, np.floor(self.ladder.densities[: self.lengths.size] * self.lengths))
         wanted = self.waiting + arrivals
         sent = np.minimum(np.floor(wanted), slots)
         self.waiting = wanted - sent
@@ -37,7 +38,7 @@ class Demand:
 
 def test_each_piece_gets_what_it_needs() -> None:
     """One votes a hundred times as densely as the other; neither waits long, and slots are mostly used."""
-    demand = Demand(DensityLadder(2), [100_000, 100_000])
+    demand = Demand(DensityLadder(1, 2), [100_000, 100_000])
     arrivals = np.asarray([20_000.0, 200.0])
     found = [demand.step(arrivals) for _ in range(300)]
     sent, slots = (np.sum(each[-100:], axis=0) for each in zip(*found, strict=True))
@@ -47,7 +48,7 @@ def test_each_piece_gets_what_it_needs() -> None:
 
 
 def test_a_sudden_rise_is_met_within_steps() -> None:
-    demand = Demand(DensityLadder(1), [1_000_000])
+    demand = Demand(DensityLadder(1, 1), [1_000_000])
     for _ in range(200):
         demand.step(np.asarray([1000.0]))
     slots, num_steps = 0.0, 0
@@ -60,7 +61,7 @@ def test_a_sudden_rise_is_met_within_steps() -> None:
 def test_most_slots_are_used_where_votes_come_and_go() -> None:
     """Votes that double and halve within a few steps, as in training, must not leave half of each payload empty."""
     generator = torch.Generator().manual_seed(0)
-    demand = Demand(DensityLadder(1), [100_000])
+    demand = Demand(DensityLadder(1, 1), [100_000])
     level, sent_in_all, slots_in_all = 0.0, 0.0, 0.0
     for step in range(600):
         level = 0.9 * level + 0.2 * float(torch.randn((), generator=generator))
@@ -73,7 +74,7 @@ def test_most_slots_are_used_where_votes_come_and_go() -> None:
 
 def test_nobody_goes_below_a_single_slot() -> None:
     """A small piece that is silent for long must not have far to climb when it votes again."""
-    demand = Demand(DensityLadder(1), [96])
+    demand = Demand(DensityLadder(1, 1), [96])
     for _ in range(500):
         demand.step(np.zeros(1))
     assert 0.5 <= demand.ladder.densities[0] * 96 <= 1
@@ -83,7 +84,7 @@ def test_silence_costs_no_slots_and_ends_in_time() -> None:
     """No slots before the carries can pass their threshold; all of them then, or as soon as somebody is crowded."""
     silent_steps = RMSConfidence(k=16, start=4.0).silent_steps
     assert silent_steps == 3 and RMSConfidence(k=16, warmup_steps=0).silent_steps == 15
-    patient, crowded = (Demand(DensityLadder(1, silent_steps), [1000]) for _ in range(2))
+    patient, crowded = (Demand(DensityLadder(1, 1, silent_steps), [1000]) for _ in range(2))
     slots = [float(patient.step(np.zeros(1))[1][0]) for _ in range(4)]
     assert slots == [1, 1, 1, 1000]
     slots = [float(crowded.step(np.full(1, 5.0))[1][0]) for _ in range(2)]
@@ -92,7 +93,7 @@ def test_silence_costs_no_slots_and_ends_in_time() -> None:
 
 def test_a_ladder_ignores_poisoned_steps_and_survives_a_checkpoint() -> None:
     names, arrivals = {"a": 0, "b": 1}, np.asarray([300.0, 10.0, 4.0, 0.0])
-    demand = Demand(DensityLadder(2), [1000, 1000, 1000, 1000], num_params=2)
+    demand = Demand(DensityLadder(1, 2), [1000, 1000, 1000, 1000], num_params=2)
     for _ in range(20):
         demand.step(arrivals)
     demand.ladder.begin_step()
@@ -101,7 +102,7 @@ def test_a_ladder_ignores_poisoned_steps_and_survives_a_checkpoint() -> None:
     demand.ladder.begin_step()
     assert np.array_equal(demand.ladder.densities, before)
     demand.step(arrivals)
-    twin = DensityLadder(2)
+    twin = DensityLadder(1, 2)
     twin.load_state_dict(demand.ladder.state_dict(names), names)
     other = Demand(twin, [1000, 1000, 1000, 1000], num_params=2)
     other.waiting = demand.waiting.copy()
@@ -109,12 +110,18 @@ def test_a_ladder_ignores_poisoned_steps_and_survives_a_checkpoint() -> None:
         assert all(np.array_equal(a, b) for a, b in zip(demand.step(arrivals), other.step(arrivals), strict=True))
 
 
-def test_cut_into_other_pieces_a_parameter_begins_from_its_densest() -> None:
-    demand = Demand(DensityLadder(2), [1000, 1000])
+@pytest.mark.parametrize("cut", [(1, 3), (2, 1)], ids=["other ranks", "nodes"])
+def test_cut_into_other_pieces_a_parameter_begins_from_its_densest(cut: tuple[int, int]) -> None:
+    """Shares that a small parameter does not have say nothing, though they have been crowded by nobody."""
+    demand = Demand(DensityLadder(1, 2), [1000, 1000])
     for _ in range(40):
         demand.step(np.asarray([200.0, 5.0]))
-    state = demand.ladder.state_dict({"a": 0})
-    densest = demand.ladder.densities.max()
-    other = DensityLadder(3)
-    other.load_state_dict(state, {"a": 0})
-    assert np.array_equal(other.densities, np.full(3, densest))
+    small = Demand(DensityLadder(1, 2), [100])
+    small.ladder.grow(1)
+    for _ in range(40):
+        small.step(np.asarray([1.0]))
+    for ladder in (demand.ladder, small.ladder):
+        state, densest = ladder.state_dict({"a": 0}), ladder.densities[ladder.densities < 1].max()
+        other = DensityLadder(*cut)
+        other.load_state_dict(state, {"a": 0})
+        assert np.array_equal(other.densities, np.full(cut[0] * cut[1], densest))

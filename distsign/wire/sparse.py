@@ -65,7 +65,9 @@ class SparseCode:
     @cached_property
     def low_bits(self) -> int:
         """Bits of a field in front of the sign."""
-        return min(range(self.num_bits.bit_length() + 1), key=self._bytes)
+        # The best number lies near log2(num_bits / num_slots), and four below where rounding to bytes makes it a tie.
+        near = (((self.num_bits - self.num_slots) // self.num_slots) if self.num_slots else self.num_bits).bit_length()
+        return min(range(max(0, near - 4), near + 1), key=self._bytes)
 
     @cached_property
     def num_high_bits(self) -> int:
