@@ -365,6 +365,34 @@ def train_hierarchical(rank: int, world_size: int, ranks_per_node: int, options:
     return digest(net)
 
 
+def train_nodes_by_what_was_seen(rank: int, world_size: int, ranks_per_node: int) -> str:
+    """Slots shrink to what is voted, and each piece's number of verdicts is within them."""
+    options = {"exchange": "hierarchical", "ranks_per_node": ranks_per_node}
+    net, model, state = build(replace(CARRY, options=options))
+    optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, momentum=0.0, vote_state=state)
+    num_elements, num_nodes = sum(p.numel() for p in net.parameters()), world_size // ranks_per_node
+    sent: list[int] = []
+    for step in range(16):
+        optimizer.zero_grad()
+        model(batch(rank, step, 0, torch.float32)).square().mean().backward()
+        traffic = state.traffic()
+        sent.append(traffic.sent_bytes - traffic.sent_within_bytes - sum(sent))
+        densities = state._pipeline.density
+        assert isinstance(densities, np.ndarray)
+        for row, p in enumerate(net.parameters()):
+            index = state._pipeline._registry.row(p)
+            assert p.grad is not None and index is not None, row
+            mine = densities[index * world_size : (index + 1) * world_size]
+            most = sum(max(1.0, num_nodes * density * p.numel()) for density in mine)
+            assert p.grad.count_nonzero() <= most
+        optimizer.step()
+    planes = num_elements / ranks_per_node / 2 * (num_nodes - 1) / num_nodes
+    assert state.traffic().verdict_density > 0
+    assert min(sent) < 0.5 * planes < max(sent), (sent, planes)
+    state.close()
+    return digest(net)
+
+
 def join_with_carries(rank: int, world_size: int, case: Case) -> str:
     """Rank r has 2 + r batches. What a rank kept when it ran out must be what it keeps at the end."""
     net, model, state = build(options_of(case))

@@ -22,6 +22,7 @@ CASES = {
     "planes, both carries": replace(CARRY, options={"wire": "planes", "owner_carry": True, "margin": 2}),
     "planes, standing": replace(CARRY, options={"wire": "planes", "owner_carry": "standing", "margin": 2}),
     "sizes by what was seen": replace(CARRY, options={}, num_steps=12),
+    "sizes by what was seen, all-gather": replace(CARRY, options={"exchange": "all_gather"}, num_steps=12),
     "sizes by what was seen, both carries": replace(CARRY, options={"owner_carry": True}, num_steps=12),
     "budget": replace(CARRY, options={"bits_per_param": 0.1, "owner_carry": True, "margin": 2}, num_steps=12),
     "budget, sparse, standing": replace(
@@ -118,6 +119,12 @@ def test_nodes_vote_on_their_means(
             rank_pool(world_size).run(jobs.train_hierarchical, ranks_per_node, options)
         return
     assert len(set(rank_pool(world_size).run(jobs.train_hierarchical, ranks_per_node, options))) == 1
+
+
+@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(4, 2), (8, 4)])
+def test_nodes_send_what_their_pieces_need(rank_pool: Pools, world_size: int, ranks_per_node: int) -> None:
+    """Each column of ranks has pieces of its own, with slots of their own; all ranks of a node know all of them."""
+    assert len(set(rank_pool(world_size).run(jobs.train_nodes_by_what_was_seen, ranks_per_node))) == 1
 
 
 def test_nodes_of_different_sizes_are_refused(rank_pool: Pools) -> None:
