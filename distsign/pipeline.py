@@ -472,7 +472,6 @@ class VotePipeline:
         if self.exchange is not None:
             self.exchange.admission = self.admission
         self.steering.load_state_dict(state["steering"], names)
-        if (
-            self.ladder is not None and state["ladder"] is not None
-        ):  # None before the first step, or under other options
+        # There is none of a state from before the first step, or under other options.
+        if self.ladder is not None and state["ladder"] is not None:
             self.ladder.load_state_dict(state["ladder"], names)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import NoneType
 
 import numpy as np
 import torch
@@ -137,7 +136,7 @@ class Column:
 
     def coded(self, form: Callable[..., tuple[Form, Form]], density: Density) -> Column:
         """Return the same with payloads that have slots for this density."""
-        if not isinstance(density, (float, NoneType)):
+        if isinstance(density, np.ndarray):
             density = density[self.shares]
         ballots, verdicts = form(self.layout, density, num_raw=self.num_raw)
         slots = self.layout.all_pieces.length if verdicts.caps is None else verdicts.caps
