@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import REPOSITORY
+from launch.memory import keep_freed_memory
 from launch.netlab import Lab
 from launch.netns import LabUnavailable, parse_rate
 from launch.netrun import Job, LabTimeout, RankProcess, output_tail
@@ -171,6 +172,7 @@ def interface_difference(before: int | None) -> int | None:
 
 def main(argv: Sequence[str]) -> None:
     """Be one rank: join the others, run the job, leave the result."""
+    keep_freed_memory()  # what it costs to lack it differs from rank to rank
     job, settings, folder = argv
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from distsign.collectives import LinkError
+from launch.memory import keep_freed_memory
 from launch.options import UsageError
 
 ARRIVAL = timedelta(minutes=30)
@@ -121,11 +122,14 @@ def choose_device(wanted: str, ranks: Ranks) -> torch.device:
 def start(ranks: Ranks, device: torch.device, timeout_s: float) -> None:
     """Share the machine's cores between its ranks and make the default process group: NCCL on GPUs, else Gloo.
 
+    Memory that is freed is kept, see `launch.memory`.
+
     Args:
         ranks: this process's place.
         device: where it computes.
         timeout_s: after which a rank that waits for another in vain raises; not for those that have yet to arrive.
     """
+    keep_freed_memory()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
     if device.type == "cuda":
         torch.cuda.set_device(device)
