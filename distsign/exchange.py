@@ -237,8 +237,8 @@ class VoteExchange:
             most = int(caps_at(self.admission.max_density, ballots.layout.owned(shard)[0].length).sum())
         found = self.admission.admit(ballots.open(shard, received), most, kernels)
         mean = self.admission.mean(found.raw)
-        # Finite numbers may well have an infinite sum.
-        poisoned = poisoned | ~mean.isfinite().all()
+        if mean.numel():  # finite numbers may well have an infinite sum
+            poisoned = poisoned | ~mean.isfinite().all()
         planes, too_many, ok = owner.count(found, ballots.layout, shard, verdicts.caps, starts, kernels)
         poisoned = self._require(ok, poisoned, "ballots")
         crowded = None

@@ -159,11 +159,18 @@ class Layout:
         """Constants on devices, by names that their users choose: sizes change every step, and these must not."""
         return {}
 
-    def numbers(self, owner: int, device: torch.device) -> Tensor:
-        """Return the numbers of one owner's pieces, int64, on a device."""
-        key = ("numbers", owner, device)
+    def census_places(self, device: torch.device) -> Tensor:
+        """Return the bit of each piece in the census of all owners, each padded to bytes; int64 `[num_pieces]`."""
+        key = ("census", device)
         if key not in self.tables:
-            self.tables[key] = torch.from_numpy(self.owned(owner)[1]).to(device)
+            owners = np.concatenate(self.owners)
+            found = np.empty(owners.size, dtype=np.int64)
+            first = 0
+            for owner, num_bytes in enumerate(self.census_bytes):
+                mine = self.owned(owner)[1]
+                found[mine] = first + np.arange(mine.size)
+                first += 8 * num_bytes
+            self.tables[key] = torch.from_numpy(found).to(device)
         return self.tables[key]
 
     @cached_property

@@ -22,7 +22,7 @@ from distsign.digest import write_checksum
 from distsign.kernels import Kernels, plane_bytes
 from distsign.layout import IntArray, Layout
 from distsign.sizes import Density, caps_at
-from distsign.wire.bits import pack_bits, unpack_bits
+from distsign.wire.bits import pack_bits, read_floats, unpack_bits
 from distsign.wire.header import CHECKSUM_BYTES, HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header
 from distsign.wire.sparse import SparseCode
 
@@ -51,11 +51,7 @@ class Opened:
 
     def write_planes(self, sender: int, out: Tensor, kernels: Kernels) -> Tensor:
         """Write one sender's planes into `out`, uint8 `[2 * num_bytes]`; return False if the body is malformed."""
-        body = self.rows[sender, self.at :]
-        if self.code is not None:
-            return kernels.decode_sparse(body[: self.code.num_bytes], self.code, self.num_bytes, out)
-        out.copy_(body[: 2 * self.num_bytes])
-        return body.new_ones((), dtype=torch.bool)
+        return _write_planes(self.rows[sender, self.at :], self.code, out, kernels)
 
     def planes(self, kernels: Kernels) -> tuple[Tensor, int, Tensor]:
         """Return rows of planes, the byte in each where they begin, and bool, False for each malformed body."""
@@ -174,19 +170,25 @@ class Form:
             poisoned: bool scalar tensor; the body of a poisoned payload is void.
             kernels: backend of the device.
         """
+        headers = self._headers(poisoned)
         if self._is_layout:
-            for owner, payload in enumerate(torch.split(planes, list(self.sizes))):
-                self._write_header(payload, owner, poisoned)
+            for header, payload in zip(headers, torch.split(planes, list(self.sizes)), strict=True):
+                payload[:HEADER_BYTES] = header
                 if self.layout.checksum:
                     write_checksum(payload)
             return planes
         buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, device=planes.device)
         parts = torch.split(buffer, list(self.sizes))
         shares = torch.split(raw, list(self.raw_elements))
+        # What is small is made for all owners at once: of hundreds of owners each operation would be as many.
+        census: Sequence[Tensor | None] = [None] * len(parts)
+        if crowded is not None:
+            bits = crowded.new_zeros(8 * sum(self.census_bytes))
+            bits[self.layout.census_places(planes.device)] = crowded & ~poisoned
+            census = torch.split(pack_bits(bits), list(self.census_bytes))
         for owner, at in enumerate(self.layout.offsets):
             body = planes[at + HEADER_BYTES :][: 2 * self.layout.plane_bytes(owner)]
-            chosen = None if crowded is None else crowded[self.layout.numbers(owner, planes.device)]
-            self._seal_into(parts[owner], owner, body, chosen, shares[owner], poisoned, kernels)
+            self._seal_into(parts[owner], owner, headers[owner], census[owner], body, shares[owner], kernels)
         return buffer
 
     def seal_one(
@@ -206,39 +208,39 @@ class Form:
             `(payload, fits)`: uint8 `[sizes[owner]]`, and a bool scalar tensor.
         """
         payload = torch.empty(self.sizes[owner], dtype=torch.uint8, device=planes.device)
-        return payload, self._seal_into(payload, owner, planes, crowded, raw, poisoned, kernels)
+        census = None if crowded is None else pack_bits(crowded & ~poisoned)
+        header = self._headers(poisoned)[owner]
+        return payload, self._seal_into(payload, owner, header, census, planes, raw, kernels)
 
     def _seal_into(
         self,
         payload: Tensor,
         owner: int,
+        header: Tensor,
+        census: Tensor | None,
         planes: Tensor,
-        crowded: Tensor | None,
         raw: Tensor,
-        poisoned: Tensor,
         kernels: Kernels,
     ) -> Tensor:
-        self._write_header(payload, owner, poisoned)
+        payload[:HEADER_BYTES] = header
         start, end, last = self._cuts(owner)
-        code, fits = self.codes[owner], poisoned.new_ones(())
-        if crowded is not None:
-            payload[HEADER_BYTES:start] = pack_bits(crowded & ~poisoned)
+        code, body = self.codes[owner], payload[start:end]
+        if census is not None:
+            payload[HEADER_BYTES:start] = census
         if code is None:
-            payload[start:end] = planes
+            body.copy_(planes)
+            fits = payload.new_ones((), dtype=torch.bool)
         else:
-            fits = kernels.encode_sparse(planes, self.layout.plane_bytes(owner), code, payload[start:end])
+            fits = kernels.encode_sparse(planes, self.layout.plane_bytes(owner), code, body)
             if fits.device.type != "cpu" or not fits:
                 # What lay in this memory before must not travel, and would be other bytes on other ranks.
-                payload[start:end].masked_fill_(~fits, 0)
+                body.masked_fill_(~fits, 0)
                 payload[POISON_BYTE] |= (~fits).to(torch.uint8) * POISON_FLAG
-        payload[end:last] = raw.view(torch.uint8)
+        if raw.numel():
+            payload[end:last] = raw.view(torch.uint8)
         if self.layout.checksum:
             write_checksum(payload)
         return fits
-
-    def _write_header(self, payload: Tensor, owner: int, poisoned: Tensor) -> None:
-        payload[:HEADER_BYTES] = self._header_rows(payload.device)[owner]
-        payload[POISON_BYTE] |= poisoned.to(torch.uint8) * POISON_FLAG
 
     def _cuts(self, owner: int) -> tuple[int, int, int]:
         """Return where in an owner's payload its body begins and ends, and where the checksum would begin."""
@@ -268,9 +270,9 @@ class Form:
             payloads: uint8 `[num_senders, sizes[owner]]`, contiguous.
         """
         start, end, last = self._cuts(owner)
-        # Copied as bytes, since they need not lie where a float may.
         raw = torch.empty(payloads.shape[0], self.raw_elements[owner], device=payloads.device)
-        raw.view(torch.uint8).copy_(payloads[:, end:last])
+        if raw.numel():  # copied as bytes, since they need not lie where a float may
+            raw.view(torch.uint8).copy_(payloads[:, end:last])
         num_pieces = self.layout.owned(owner)[1].size
         crowded = None if self.caps is None else unpack_bits(payloads[:, HEADER_BYTES:start], num_pieces)
         return Opened(payloads, start, self.layout.plane_bytes(owner), self.codes[owner], crowded, raw)
@@ -305,19 +307,19 @@ class Form:
             fine = buffer.new_ones(len(self.sizes), dtype=torch.bool)
             return buffer, None, buffer.new_zeros(0, dtype=torch.float32), fine
         planes = torch.empty(self.layout.buffer_bytes, dtype=torch.uint8, device=buffer.device)
+        parts, cuts = torch.split(buffer, list(self.sizes)), [self._cuts(owner) for owner in range(len(self.sizes))]
         crowded = None
         if self.caps is not None:
-            crowded = torch.zeros(self.caps.size, dtype=torch.bool, device=buffer.device)
-        raw: list[Tensor] = []
-        ok: list[Tensor] = []
-        for owner, at in enumerate(self.offsets):
-            part = self.open(owner, buffer[at : at + self.sizes[owner]].unsqueeze(0))
-            first = self.layout.offsets[owner] + HEADER_BYTES
-            ok.append(part.write_planes(0, planes[first : first + 2 * part.num_bytes], kernels))
-            if crowded is not None and part.crowded is not None:
-                crowded[self.layout.numbers(owner, buffer.device)] = part.crowded[0]
-            raw.append(part.raw[0])
-        return planes, crowded, torch.cat(raw), torch.stack(ok)
+            census = torch.cat([part[HEADER_BYTES:start] for part, (start, _, _) in zip(parts, cuts, strict=True)])
+            crowded = unpack_bits(census, 8 * census.numel())[self.layout.census_places(buffer.device)]
+        raw = buffer.new_zeros(0, dtype=torch.float32)
+        if sum(self.raw_elements):
+            raw = read_floats(torch.cat([part[end:last] for part, (_, end, last) in zip(parts, cuts, strict=True)]))
+        ok = []
+        for owner, (part, (start, end, _)) in enumerate(zip(parts, cuts, strict=True)):
+            out = planes[self.layout.offsets[owner] + HEADER_BYTES :][: 2 * self.layout.plane_bytes(owner)]
+            ok.append(_write_planes(part[start:end], self.codes[owner], out, kernels))
+        return planes, crowded, raw, torch.stack(ok)
 
     @property
     def _is_layout(self) -> bool:
@@ -330,12 +332,33 @@ class Form:
         return self.verdict, tuple(code is None for code in self.codes)
 
     def _header_rows(self, device: torch.device) -> Tensor:
+        """Return each owner's header without poison, uint8 `[num_owners, HEADER_BYTES]`."""
+        return self._headers_of(device)[0]
+
+    def _headers(self, poisoned: Tensor) -> Tensor:
         """Return each owner's header, uint8 `[num_owners, HEADER_BYTES]`."""
+        clean, poison = self._headers_of(poisoned.device)
+        return torch.where(poisoned, poison, clean)
+
+    def _headers_of(self, device: torch.device) -> Tensor:
+        """Return each owner's header without and with poison, uint8 `[2, num_owners, HEADER_BYTES]`."""
         tables, key = self.layout.tables, ("headers", self._kind, device)
         if key not in tables:
-            data = bytearray(b"".join(header.encode() for header in self.headers))
-            tables[key] = torch.frombuffer(data, dtype=torch.uint8).view(-1, HEADER_BYTES).to(device)
+            both = [replace(header, poison=poison).encode() for poison in (False, True) for header in self.headers]
+            data = torch.frombuffer(bytearray(b"".join(both)), dtype=torch.uint8)
+            tables[key] = data.view(2, -1, HEADER_BYTES).to(device)
         return tables[key]
+
+
+def _write_planes(body: Tensor, code: SparseCode | None, out: Tensor, kernels: Kernels) -> Tensor:
+    """Write a body's planes into all of `out`; return whether it is one, bool scalar tensor.
+
+    What may follow the body is not looked at.
+    """
+    if code is not None:
+        return kernels.decode_sparse(body[: code.num_bytes], code, out.numel() // 2, out)
+    out.copy_(body[: out.numel()])
+    return body.new_ones((), dtype=torch.bool)
 
 
 def forms(layout: Layout, density: Density, wire: str, *, owner_carry: bool, num_raw: int = 0) -> tuple[Form, Form]:

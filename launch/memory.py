@@ -1,7 +1,7 @@
 """Let a process keep the memory that it frees.
 
-Every backward takes tens of megabytes for gradients and gives them back. The C library of Linux may hand freed memory on
-to the kernel, and asks for it again in the next step: page by page, zeroed. Whether it does depends on where blocks
+Every backward takes tens of megabytes for gradients and gives them back. The C library of Linux may hand freed memory
+on to the kernel, and asks for it again in the next step: page by page, zeroed. Whether it does depends on where blocks
 happen to lie, so of ranks that do the same some pay and some do not. Measured on a step of 4 ranks with 12.6 M
 parameters (Intel Xeon, 2 cores): up to 10,000 page faults and 40 ms of processor time a rank; without them, steps of a
 vote take 220 ms instead of 249, and those of plain SGD without exchange 108 instead of 120.

@@ -140,7 +140,8 @@ class Ranks:
             takes_part: whether this rank runs it.
             cold: caches are emptied before each time, as the rest of a step does it.
         """
-        walls, cpus = [], []
+        walls: list[float] = []
+        cpus: list[float] = []
         mine = takes_part and (not alone or self.rank == 0)
         for index in range(-_WARM_UP, repeats):
             if index >= _LEAST_REPEATS and sum(walls) > _ENOUGH_S:  # the same on all ranks
