@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -98,3 +98,40 @@ def assert_alike(name: str, left: list[Tensor], right: list[Tensor]) -> None:
     for a, b in zip(left, right, strict=True):
         wide = a.dtype in (torch.float32, torch.float64)
         torch.testing.assert_close(a, b, rtol=0, atol=(200 if wide else 8) * torch.finfo(a.dtype).eps)
+
+
+class FakeVoteState:
+    """Stands in for `SignVoteState`: remembers the names, and scales the learning rate by what it is told."""
+
+    def __init__(self, scale: float | Tensor | Callable[[Tensor], float] = 1.0) -> None:
+        self.scale = scale
+        self.names: dict[str, Tensor] = {}
+
+    def track(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        self.names.update(named_parameters)
+
+    def lr_scale(self, param: Tensor) -> float | Tensor:
+        return self.scale(param) if callable(self.scale) else self.scale
+
+
+def named(params: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    return [(f"p{i}", p) for i, p in enumerate(params)]
+
+
+def least_squares(make: Callable[[list[nn.Parameter]], SignOptimizer], num_steps: int) -> list[float]:
+    """Fit a linear layer with a cosine schedule, as a user writes it; return the losses."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    y = x @ torch.randn(8, 1)
+    model = nn.Linear(8, 1)
+    optimizer = make(list(model.parameters()))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    losses = []
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses

@@ -302,10 +302,11 @@ def _plan_top_k(scheme: Scheme, model: Model, buckets: list[Bucket], cluster: Cl
         sizes, tensors = [model.parameters[row].num_elements for row in bucket.rows], len(bucket.rows)
         slots = sum(top_k_slots(size, scheme.options["density"]) for size in sizes)
         cost = all_gather_bytes(8 * slots, cluster.num_workers)
-        encoded = Kernel("top_k_encode", bucket.num_elements, tensors)
+        # A choice among the components of one large tensor takes longer than among those of several small ones.
+        encoded = [Kernel("top_k_encode", FEW_TENSORS * size, times=1 / FEW_TENSORS) for size in sizes]
         gathered = _ring("all_gather", cluster.num_workers - 1, cost.sent_bytes, cluster)
         decoded = Kernel("top_k_decode", slots, tensors, times=cluster.num_workers)
-        jobs.append(Job(number, (), (encoded, gathered, decoded)))
+        jobs.append(Job(number, (), (*encoded, gathered, decoded)))
         total += cost
     return Plan(buckets, jobs, True, "step_mean", lambda _: total, cluster.num_workers * total.sent_bytes)
 
