@@ -1,9 +1,9 @@
 """How near do predicted steps come to measured ones, and is the scheme that is predicted to be the fastest the fastest?
 
-In the lab, `calibrate` times collectives and kernels alone, at 100 Mbit/s, 1 and 7 Gbit/s, on 2, 4 and 8 ranks that
+In the lab, `calibrate` times collectives and kernels alone, at 300 Mbit/s and at 4 Gbit/s, on 2, 4 and 8 ranks that
 share this machine's cores. Everything else is held out: no training step, no model, no other rate is seen by it. Whole
 steps of each scheme are then predicted and measured, on links of 50 Mbit/s to 10 Gbit/s, on 2 to 8 ranks. A setting
-takes the profile of the nearest of the rates (in logarithms), and of as many ranks or the next larger number. Of
+takes the profile of the nearer of the two rates (in logarithms), and of as many ranks or the next larger number. Of
 each model the simulator gets its shapes and the time of forward and backward without exchange, measured beside.
 `python -m benchmarks.simulator` (root, for the lab)
 
@@ -46,7 +46,7 @@ from distsign.simulator.calibrate import calibrate
 from distsign.simulator.units import parse_bandwidth
 from launch.metrics import read_lines
 
-CALIBRATED_RATES, CALIBRATED_RANKS = ("100mbit", "1gbit", "7gbit"), (2, 4, 8)
+CALIBRATED_RATES, CALIBRATED_RANKS = ("300mbit", "4gbit"), (2, 4, 8)
 """A profile is that of the user's links: what a byte costs the processor depends on how fast they come."""
 WARM_UP = 4
 LARGEST_ERROR, NEAR_ENOUGH, CORES_MATTER = 0.20, 0.03, 0.05

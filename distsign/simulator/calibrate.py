@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _SIZES = (1 << 10, 1 << 15, 1 << 17, 1 << 19, 1 << 21, 1 << 23)
-_KERNEL_SIZES = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
+_KERNEL_SIZES = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 _SIZE_OF_MANY = 1 << 18
 _LEAST_PER_RANK = 1 << 11
 """Elements of a kernel's size for each rank, four times that of many tensors: below, no budget leaves each payload its
@@ -202,7 +202,7 @@ def calibrate(
             that all share a machine do not use it: of that link the profile has no more than this figure.
         ranks_per_node: consecutive ranks that share a link; None: `LOCAL_WORLD_SIZE`.
         ranks_per_machine: consecutive ranks that share cores; None: `LOCAL_WORLD_SIZE`.
-        seconds: about how long collectives may take, beside kernels, which take some ten seconds on two cores and more
+        seconds: about how long collectives may take, beside kernels, which take half a minute on two cores and more
             where more ranks share them; on slow links, large messages are left out.
         repeats: of each measurement, of which the median counts.
 
@@ -320,7 +320,7 @@ def kernel_sizes(num_voters: int) -> tuple[tuple[int, ...], int]:
 
     Example:
         >>> [size.bit_length() - 1 for size in kernel_sizes(64)[0]], kernel_sizes(64)[1] == 2**19
-        ([18, 20, 22], True)
+        ([18, 20, 22, 24], True)
     """
     least = _LEAST_PER_RANK * num_voters
     sizes = tuple(size for size in _KERNEL_SIZES if size >= least)
