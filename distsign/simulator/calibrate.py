@@ -236,7 +236,7 @@ def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, 
         cores = _cores(ranks, repeats) if on_cpu else math.inf
         stretch = max(1.0, ranks.per_machine / cores)
         advance()
-        kernels = _kernels(ranks, 2 * repeats, advance)
+        kernels = _kernels(ranks, repeats, advance)
         calls: dict[str, list[Call]] = {group: [] for group in ranks.groups}
         for group, kind in plan:
             calls[group] += _calls(ranks, kind, group, 0.6 * seconds / len(plan), repeats)
