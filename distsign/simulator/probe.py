@@ -82,8 +82,8 @@ class Ranks:
         self.device = torch.device("cpu")
         if dist.get_backend() == "nccl":
             self.device = torch.device("cuda", torch.cuda.current_device())
-        # All ranks together fill the last cache (casting a million components took 2.3 ms after 32 MB on a processor that
-        # shows 480, and 3.5 ms after 400).
+        # All ranks together fill the last cache (casting a million components took 2.3 ms after 32 MB on a processor
+        # that shows 480, and 3.5 ms after 400).
         rest = max(_LEAST_CACHE_BYTES, last_cache_bytes() // per_machine)
         self._rest_of_a_step = torch.zeros(rest, dtype=torch.uint8, device=self.device)
         num_nodes = self.world_size // per_node
