@@ -164,12 +164,11 @@ class Layout:
         key = ("census", device)
         if key not in self.tables:
             owners = np.concatenate(self.owners)
-            found = np.empty(owners.size, dtype=np.int64)
-            first = 0
-            for owner, num_bytes in enumerate(self.census_bytes):
-                mine = self.owned(owner)[1]
-                found[mine] = first + np.arange(mine.size)
-                first += 8 * num_bytes
+            order = np.argsort(owners, kind="stable")
+            counts, num_bytes = np.bincount(owners, minlength=len(self.sizes)), np.asarray(self.census_bytes)
+            first_piece, first_bit = np.cumsum(counts) - counts, 8 * (np.cumsum(num_bytes) - num_bytes)
+            found = np.empty_like(owners)
+            found[order] = (first_bit - first_piece)[owners[order]] + np.arange(owners.size)
             self.tables[key] = torch.from_numpy(found).to(device)
         return self.tables[key]
 

@@ -140,11 +140,6 @@ class Form:
             sizes.append(HEADER_BYTES + census[owner] + body_bytes + 4 * raw[owner] + CHECKSUM_BYTES * layout.checksum)
         return cls(layout, verdict, caps, tuple(codes), census, raw, tuple(sizes))
 
-    @cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """Per owner, the first byte of its payload in the buffer of all."""
-        return tuple(sum(self.sizes[:k]) for k in range(len(self.sizes)))
-
     @property
     def buffer_bytes(self) -> int:
         """Bytes of the payloads of all owners together."""
@@ -170,7 +165,8 @@ class Form:
             poisoned: bool scalar tensor; the body of a poisoned payload is void.
             kernels: backend of the device.
         """
-        headers = self._headers(poisoned)
+        clean, poison = self._headers(planes.device)
+        headers = torch.where(poisoned, poison, clean)
         if self._is_layout:
             for header, payload in zip(headers, torch.split(planes, list(self.sizes)), strict=True):
                 payload[:HEADER_BYTES] = header
@@ -209,7 +205,8 @@ class Form:
         """
         payload = torch.empty(self.sizes[owner], dtype=torch.uint8, device=planes.device)
         census = None if crowded is None else pack_bits(crowded & ~poisoned)
-        header = self._headers(poisoned)[owner]
+        clean, poison = self._headers(planes.device)[:, owner]
+        header = torch.where(poisoned, poison, clean)
         return payload, self._seal_into(payload, owner, header, census, planes, raw, kernels)
 
     def _seal_into(
@@ -257,7 +254,7 @@ class Form:
         device, tables = headers.device, self.layout.tables
         key = ("expected", self._kind, *owners, device)
         if key not in tables:
-            tables[key] = self._header_rows(device)[list(owners)]
+            tables[key] = self._headers(device)[0, list(owners)]
         differences = headers ^ tables[key]
         differences[:, POISON_BYTE] &= ~POISON_FLAG & 0xFF
         return differences.any(1)
@@ -331,16 +328,7 @@ class Form:
         """What headers depend on, besides the layout."""
         return self.verdict, tuple(code is None for code in self.codes)
 
-    def _header_rows(self, device: torch.device) -> Tensor:
-        """Return each owner's header without poison, uint8 `[num_owners, HEADER_BYTES]`."""
-        return self._headers_of(device)[0]
-
-    def _headers(self, poisoned: Tensor) -> Tensor:
-        """Return each owner's header, uint8 `[num_owners, HEADER_BYTES]`."""
-        clean, poison = self._headers_of(poisoned.device)
-        return torch.where(poisoned, poison, clean)
-
-    def _headers_of(self, device: torch.device) -> Tensor:
+    def _headers(self, device: torch.device) -> Tensor:
         """Return each owner's header without and with poison, uint8 `[2, num_owners, HEADER_BYTES]`."""
         tables, key = self.layout.tables, ("headers", self._kind, device)
         if key not in tables:

@@ -256,6 +256,17 @@ def test_break_even_is_where_the_times_meet() -> None:
     assert break_even(hopeless, [fp32]) is None
 
 
+def test_top_k_chooses_tensor_by_tensor() -> None:
+    """One of four times as many components costs eight times as much here; four tensors cost what each does."""
+    costs = profile(top_k_encode=KernelCost(((4.0, 0.0), (4e6, 1.0), (16e6, 8.0))))
+    cluster, scheme = Cluster(2, Link(math.inf)), Scheme.parse("topk:0.001")
+    large, small = (
+        Step(Model.of(sizes), cluster, scheme, compute_s=0.0, profile=costs, bucket_mb=1e4).on().kernel_s
+        for sizes in ([4_000_000], [1_000_000] * 4)
+    )
+    assert large == pytest.approx(2.0) and small == pytest.approx(1.0)
+
+
 def test_who_sends_more_pays_nowhere_below() -> None:
     """At 4,096 workers an all-gather of 0.1 % has four times the bytes of fp32, but half of its rounds."""
     cluster = Cluster(4096, Link.parse("10gbit", "50us"))

@@ -204,7 +204,7 @@ def calibrate(
         ranks_per_machine: consecutive ranks that share cores; None: `LOCAL_WORLD_SIZE`.
         seconds: about how long collectives may take, beside kernels, which take half a minute on two cores and more
             where more ranks share them; on slow links, large messages are left out.
-        repeats: of each measurement, of which the median counts.
+        repeats: of each measurement, of which the median counts; fewer of what takes long.
 
     Returns:
         The profile on rank 0, None on the others.
@@ -236,7 +236,7 @@ def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, 
         cores = _cores(ranks, repeats) if on_cpu else math.inf
         stretch = max(1.0, ranks.per_machine / cores)
         advance()
-        kernels = _kernels(ranks, repeats, advance)
+        kernels = _kernels(ranks, 2 * repeats, advance)
         calls: dict[str, list[Call]] = {group: [] for group in ranks.groups}
         for group, kind in plan:
             calls[group] += _calls(ranks, kind, group, 0.6 * seconds / len(plan), repeats)
@@ -276,7 +276,7 @@ def _cores(ranks: Ranks, repeats: int) -> float:
     if ranks.per_machine == 1:
         return math.inf
     matrix = torch.randn(256, 256)
-    once = ranks.agreed(ranks.time(lambda: torch.mm(matrix, matrix), repeats, alone=True).wall_s)
+    once = ranks.time(lambda: torch.mm(matrix, matrix), repeats, alone=True).wall_s
     # Long beside a turn on a core: a rank whose turn comes last looks at the clock only then.
     count = max(1, round(_WORK_S / once))
 
@@ -341,14 +341,14 @@ def _kernel_cost(points: Sequence[tuple[int, float]], of_many: tuple[int, float]
 def _calls(ranks: Ranks, kind: str, group: str, budget_s: float, repeats: int) -> list[Call]:
     """Time one collective on growing sizes, until the next one would take too long."""
     found: list[Call] = []
-    spent = 0.0
+    begin = before = time.perf_counter()
     for size, after in itertools.pairwise([*_SIZES, 4 * _SIZES[-1]]):
-        call = ranks.call(kind, size, group, repeats)
-        found.append(call)
-        spent += (repeats + 1) * call.timing.wall_s
-        expected_s = (repeats + 1) * call.timing.wall_s * after / size
-        if len(found) >= 3 and ranks.agreed(spent + expected_s) > budget_s:
+        found.append(ranks.call(kind, size, group, repeats))
+        now = time.perf_counter()
+        expected_s = (now - before) * after / size
+        if len(found) >= 3 and ranks.agreed(now - begin + expected_s) > budget_s:
             break
+        before = now
     return found
 
 

@@ -143,7 +143,7 @@ def _top_k(gradient: Tensor, tensors: Sequence[Tensor]) -> list[Probe]:
     payloads = encode()
     slots = sum(payload.numel() for payload in payloads) // 8
     return [
-        Probe("top_k_encode", gradient.numel(), encode, by_tensor=True),
+        Probe("top_k_encode", gradient.numel(), encode),
         Probe("top_k_decode", slots, decode, by_tensor=True),
     ]
 

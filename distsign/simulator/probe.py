@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
@@ -21,9 +20,9 @@ from distsign.collectives import all_gather_into, all_to_all
 __all__ = ["Call", "Ranks", "Timing", "joined_ranks", "num_ranks"]
 
 T = TypeVar("T")
-_LEAST_CACHE_BYTES = 32 << 20
-"""Touched at least between calls that are to find the caches cold; more where the processor's last cache is larger."""
-_LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+_CACHE_BYTES = 32 << 20
+"""Touched between calls that are to find the caches cold. On a processor that shows 480 MB of them, as many bytes for
+all ranks together brought predictions no nearer."""
 _WARM_UP = 3
 """Calls that do not count: until then what is freed lies where the next call does not find it, and new memory costs as
 much as the work (PowerSGD's hook on 16 M components: 119, 99, 76, then 60 ms)."""
@@ -82,9 +81,8 @@ class Ranks:
         self.device = torch.device("cpu")
         if dist.get_backend() == "nccl":
             self.device = torch.device("cuda", torch.cuda.current_device())
-        # All ranks together fill the last cache (casting a million components took 2.3 ms after 32 MB on a processor
-        # that shows 480, and 3.5 ms after 400).
-        rest = max(_LEAST_CACHE_BYTES, last_cache_bytes() // per_machine)
+        on_cuda = self.device.type == "cuda"
+        rest = 2 * torch.cuda.get_device_properties(self.device).L2_cache_size if on_cuda else _CACHE_BYTES
         self._rest_of_a_step = torch.zeros(rest, dtype=torch.uint8, device=self.device)
         num_nodes = self.world_size // per_node
         # A second number of ranks tells what each message costs from what each call costs.
@@ -152,7 +150,7 @@ class Ranks:
             if index >= _LEAST_REPEATS and sum(walls) > _ENOUGH_S:  # the same on all ranks
                 break
             if cold:
-                self._rest_of_a_step.zero_()
+                self._rest_of_a_step.add_(1)
             self.synchronize()
             dist.barrier()
             begin, cpu = time.perf_counter(), time.process_time()
@@ -197,10 +195,13 @@ class Ranks:
     def _time_in_a_row(self, run: Callable[[], object], repeats: int, takes_part: bool) -> Timing:
         """Time short calls several in a row: what the threads of the backend do after a call is part of what it costs.
 
-        Of an all-to-all of 3 kB among 4 ranks on 2 cores that was half of the processor's time.
+        Of an all-to-all of 3 kB among 4 ranks on 2 cores that was half of the processor's time. On a device, where
+        calls in a row would hide each other's launch, one by one.
         """
+        if self.device.type != "cpu":
+            return self.time(run, repeats, takes_part=takes_part)
         once = self.time(run, 1, takes_part=takes_part)
-        count = min(max(1, int(_ROW_S / max(self.agreed(once.wall_s), 1e-9))), _LONGEST_ROW)
+        count = min(max(1, int(_ROW_S / max(once.wall_s, 1e-9))), _LONGEST_ROW)
 
         def row() -> None:
             for _ in range(count):
@@ -227,14 +228,6 @@ class Ranks:
         target = torch.empty_like(source)
         shares = [share] * size
         return lambda: all_to_all(target, source, shares, shares, group), (size - 1) * share, size - 1
-
-
-def last_cache_bytes() -> int:
-    """Return the size of the processor's last cache as Linux tells it, 0 where it does not."""
-    try:
-        return int(_LAST_CACHE.read_text().strip().removesuffix("K")) << 10
-    except (OSError, ValueError):
-        return 0
 
 
 def _group(parts: list[list[int]], rank: int) -> dist.ProcessGroup | None:

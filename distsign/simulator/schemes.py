@@ -302,7 +302,8 @@ def _plan_top_k(scheme: Scheme, model: Model, buckets: list[Bucket], cluster: Cl
         sizes, tensors = [model.parameters[row].num_elements for row in bucket.rows], len(bucket.rows)
         slots = sum(top_k_slots(size, scheme.options["density"]) for size in sizes)
         cost = all_gather_bytes(8 * slots, cluster.num_workers)
-        # A choice among the components of one large tensor takes longer than among those of several small ones.
+        # A choice among the components of one large tensor takes longer than among those of several small ones. Beyond
+        # 4 M components it is extrapolated.
         encoded = [Kernel("top_k_encode", FEW_TENSORS * size, times=1 / FEW_TENSORS) for size in sizes]
         gathered = _ring("all_gather", cluster.num_workers - 1, cost.sent_bytes, cluster)
         decoded = Kernel("top_k_decode", slots, tensors, times=cluster.num_workers)

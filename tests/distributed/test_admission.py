@@ -27,9 +27,9 @@ def overwrite_ballots(state: SignVoteState, byte: int) -> None:
 
     def cast(column: Column, grads: list[Tensor], raw: Tensor, scale: Tensor) -> Tensor:
         payloads = type(pipeline).cast(pipeline, column, grads, raw, scale)
-        for owner, at in enumerate(column.ballots.offsets):
+        for owner, payload in enumerate(torch.split(payloads, list(column.ballots.sizes))):
             start, end, _ = column.ballots._cuts(owner)
-            payloads[at + start : at + end] = byte
+            payload[start:end] = byte
         return payloads
 
     pipeline.cast = cast  # type: ignore[method-assign]
