@@ -91,11 +91,11 @@ class Comparison:
             gain = 100 * (rival.step_s / best.step_s - 1)
             if gain < WORTH_PERCENT:
                 return f"do not compress: {best.scheme} is faster than {rival.scheme} by {gain:.2g} % only"
-            return f"fastest here: {best.scheme}, by {gain:.3g} % over {rival.scheme}"
+            return f"fastest here: {best.scheme}, {_ahead(gain)} {rival.scheme}"
         if not compressed:
             runner_up = next((each for each in ranked if each is not best), best)
             gain = 100 * (runner_up.step_s / best.step_s - 1)
-            return f"fastest here: {best.scheme}, by {gain:.3g} % over {runner_up.scheme}"
+            return f"fastest here: {best.scheme}, {_ahead(gain)} {runner_up.scheme}"
         why = _reason(best, compressed[0])
         return f"do not compress: {best.scheme} takes {format_seconds(best.step_s)} a step, {why}"
 
@@ -111,6 +111,10 @@ class Comparison:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
+
+
+def _ahead(percent: float) -> str:
+    return f"by {percent:.3g} % over" if percent < 100 else f"{1 + percent / 100:.3g} times as fast as"
 
 
 def _reason(best: Prediction, rival: Prediction) -> str:
