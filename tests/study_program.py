@@ -52,6 +52,8 @@ def main() -> None:
         return
     options = parser().parse_args()
     write_in_journal("start", options)
+    with (HERE / "cores").open("a") as file:
+        file.write(f"{len(os.sched_getaffinity(0))}\n")
     time.sleep(options.work_s)
     while options.lr >= options.hold_from and (HERE / "hold").exists():
         time.sleep(0.01)

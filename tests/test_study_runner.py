@@ -129,6 +129,9 @@ def test_cells_run_in_parallel_up_to_the_limit(jobs: int, tmp_path: Path, capsys
     folder = Folder(tmp_path, "work-s = 0.5")
     assert folder.run(f"--jobs={jobs}") == 0
     assert folder.most_at_once() == jobs
+    cores = [int(line) for line in (tmp_path / "cores").read_text().split()]
+    mine = len(os.sched_getaffinity(0))
+    assert {*cores} <= {max(1, mine // jobs), max(1, -(-mine // jobs))}, "cells side by side have cores of their own"
     assert folder.started() == Counter(f"{lr}/0" for lr in range(1, 6))
     assert {result["jobs"] for result in folder.results()} == {jobs}
     said = (folder.out / "report.html").read_text()
