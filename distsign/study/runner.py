@@ -128,7 +128,8 @@ class Runner:
         """Give a cell that has just begun cores of its own, where others run beside it.
 
         A rank makes a thread for each core that it sees, and threads that wait for each other on cores which another
-        cell has too hardly get on: two cells on two cores took ten times as long as one after the other.
+        cell has too hardly get on (two LeNets on two cores: 4 steps a second each, with some other work beside them,
+        where they take 50 so).
         """
         if self._jobs == 1 or not hasattr(os, "sched_setaffinity"):
             return
