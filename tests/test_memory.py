@@ -9,30 +9,37 @@ import sys
 import pytest
 
 FAULTS = """
-import ctypes, resource, sys, torch
+import resource, sys, threading, torch
 from launch.memory import keep_freed_memory
-kept = sys.argv[1] == "keep" and keep_freed_memory()
-# 40 MiB are more than glibc ever keeps by itself, and than its older versions can be told to keep.
-able = kept and ctypes.CDLL(None).mallopt(-3, 1 << 30)
+able = sys.argv[1] == "leave" or keep_freed_memory()
+def zeros(times):
+    for _ in range(times):
+        torch.zeros(int(sys.argv[3]) << 18)
+def run(times):
+    if sys.argv[2] == "main":
+        return zeros(times)
+    thread = threading.Thread(target=zeros, args=[times])
+    thread.start()
+    thread.join()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(12):  # glibc begins to find aligned blocks again when seven small pieces between them are in its cache
-    torch.zeros(10 << 20)
+run(12)  # glibc begins to find aligned blocks again when seven small pieces between them are in its cache
 before = faults()
-for _ in range(5):
-    torch.zeros(10 << 20)
-print(faults() - before if able or sys.argv[1] == "leave" else "unable")
+run(5)
+print(faults() - before if able else "unable")
 """
 
 
-def _faults(how: str) -> str:
+def _faults(how: str, thread: str, mebibytes: int) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
-    command = [sys.executable, "-c", FAULTS, how]
+    command = [sys.executable, "-c", FAULTS, how, thread, str(mebibytes)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_freed_memory_is_taken_again() -> None:
-    kept = _faults("keep")
+@pytest.mark.parametrize("thread", ["main", "other"])
+@pytest.mark.parametrize("mebibytes", [20, 40, 80])  # 32 and 64 are borders of glibc's
+def test_freed_memory_is_taken_again(thread: str, mebibytes: int) -> None:
+    kept = _faults("keep", thread, mebibytes)
     if kept == "unable":
-        pytest.skip("this C library cannot be told to keep blocks of 40 MiB")
-    assert 10 * int(kept) < int(_faults("leave"))
+        pytest.skip("this C library cannot be told to keep memory")
+    assert 10 * int(kept) < int(_faults("leave", thread, mebibytes))
