@@ -36,8 +36,8 @@ def _faults(how: str, thread: str, mebibytes: int) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
-@pytest.mark.parametrize("thread", ["main", "other"])
-@pytest.mark.parametrize("mebibytes", [20, 40, 80])  # 32 and 64 are borders of glibc's
+# Below 32 MiB glibc learns to keep the main thread's blocks by itself; of other threads' 64 is another border.
+@pytest.mark.parametrize(("thread", "mebibytes"), [("main", 40), ("other", 20), ("other", 80)])
 def test_freed_memory_is_taken_again(thread: str, mebibytes: int) -> None:
     kept = _faults("keep", thread, mebibytes)
     if kept == "unable":
