@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import REPOSITORY
-from launch.memory import keep_freed_memory
+from distsign.memory import keep_freed_memory
 from launch.netlab import Lab
 from launch.netns import LabUnavailable, parse_rate
 from launch.netrun import Job, LabTimeout, RankProcess, output_tail

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from distsign.collectives import LinkError
-from launch.memory import keep_freed_memory
+from distsign.memory import keep_freed_memory
 from launch.options import UsageError
 
 ARRIVAL = timedelta(minutes=30)
@@ -122,7 +122,7 @@ def choose_device(wanted: str, ranks: Ranks) -> torch.device:
 def start(ranks: Ranks, device: torch.device, timeout_s: float) -> None:
     """Share the machine's cores between its ranks and make the default process group: NCCL on GPUs, else Gloo.
 
-    Memory that is freed is kept, see `launch.memory`.
+    Memory that is freed is kept, see `distsign.memory`.
 
     Args:
         ranks: this process's place.

@@ -13,7 +13,7 @@ PACKAGE = "distsign"
 # Each layer may import the ones before it in this list, and nothing else of distsign. A name stands for a module or a
 # package with all its modules; inside a package imports are free, but see `test_no_cycles`.
 LAYERS: list[set[str]] = [
-    {"confidence", "wire", "vote", "agreement", "nest", "registry", "optim_reference", "checkpoint_files"},
+    {"confidence", "wire", "vote", "agreement", "nest", "registry", "optim_reference", "checkpoint_files", "memory"},
     {"kernels", "digest"},
     {"ballots", "layout"},
     {"sizes"},

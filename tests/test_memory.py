@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, threading, torch
-from launch.memory import keep_freed_memory
+from distsign.memory import keep_freed_memory
 able = sys.argv[1] == "leave" or keep_freed_memory()
 def zeros(times):
     for _ in range(times):

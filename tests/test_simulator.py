@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distsign.simulator import Cluster, Link, Model, Profile, Scheme, Step, break_even, load_model, simulate
 from distsign.simulator.events import Resource, Simulation, Task
-from distsign.simulator.profile import COLLECTIVES, KERNELS, CollectiveCost, KernelCost
+from distsign.simulator.profile import COLLECTIVES, KERNELS, CollectiveCost, InStep, KernelCost
 from distsign.simulator.report import compare, draw
 from distsign.simulator.schemes import Collective, plan_step
 from distsign.simulator.units import format_bandwidth, parse_bandwidth, parse_seconds
@@ -366,6 +366,17 @@ def test_links_that_are_refused(bandwidth: float, latency: float) -> None:
         Link(bandwidth, latency)
 
 
+def test_factors_of_steps_hold_for_their_scheme_alone() -> None:
+    costs = profile(cast_planes=KernelCost.linear(0.05), to_half=KernelCost.linear(0.05))
+    longer = replace(costs, in_step={"planes": (InStep(1e6, work=2.0, wire=3.0),)})
+    planes, bf16 = steps(["planes", "bf16"], Cluster(2, Link(1e7)), 0.0, costs)
+    planes_longer, bf16_longer = steps(["planes", "bf16"], Cluster(2, Link(1e7)), 0.0, longer)
+    assert planes_longer.on().kernel_s == pytest.approx(2 * planes.on().kernel_s)
+    assert planes_longer.on().work_s == pytest.approx(2 * planes.on().work_s)
+    assert planes.on(in_step=InStep(1e6, wire=3.0)).exchange_s == pytest.approx(3 * planes.on().exchange_s)
+    assert bf16_longer.on() == bf16.on()
+
+
 # ------------------------------------------------------------------------------------------------------------ profiles
 
 
@@ -376,6 +387,7 @@ def test_a_profile_comes_back_as_it_was(tmp_path: Path) -> None:
         cores=1.9,
         bandwidth_bytes_per_s=1.2e8,
         latency_s=1e-4,
+        in_step={"planes": (InStep(1e5, 1.5, 1.1), InStep(1e6, 1.2, 1.0))},
         facts={"ranks": 4},
     )
     made.save(tmp_path / "profile.json")
@@ -398,6 +410,9 @@ def test_profiles_that_are_refused(tmp_path: Path) -> None:
         (good.replace('"efficiency": 1.0', '"efficiency": 0'), "efficiency must be"),
         (good.replace('"device": "cpu"', '"device": "abacus"'), "device must be"),
         (good.replace('"latency_s": 0.0', '"latency_s": "fast"'), "latency_s must be"),
+        (good.replace('"in_step": {}', '"in_step": {"fp32": [{"elements": 1e5, "work": 0}]}'), "work must be a number"),
+        (good.replace('"in_step": {}', '"in_step": {"fp32": []}'), "by growing elements"),
+        (good.replace('"in_step": {}', '"in_step": {"fp32": [{"elms": 1e5}]}'), "is damaged"),
         (re.sub(r'("to_half": \{\s*"points": \[\s*\[\s*[\d.]+,\s*)[\d.]+', r"\1NaN", good), "seconds of to_half"),
     ):
         (tmp_path / "bad.json").write_text(bad)

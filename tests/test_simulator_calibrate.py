@@ -11,10 +11,13 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distsign.simulator.calibrate import bandwidth_of, fit_collectives, kernel_sizes, non_negative_fit
+from distsign.simulator import Cluster, Link, Model, Profile, Scheme, Step
+from distsign.simulator.calibrate import kernel_sizes
+from distsign.simulator.fit import bandwidth_of, fit_collectives, non_negative_fit
 from distsign.simulator.kernel_probe import BITS, MANY_TENSORS, probes, vote_probes
 from distsign.simulator.probe import Call, Timing
-from distsign.simulator.profile import COLLECTIVES, FEW_TENSORS, KERNELS
+from distsign.simulator.profile import COLLECTIVES, FEW_TENSORS, KERNELS, CollectiveCost, InStep, KernelCost
+from distsign.simulator.step_probe import likeliest
 
 SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 20, 1 << 22)
 
@@ -125,3 +128,33 @@ def test_every_kernel_has_a_probe_that_runs(num_elements: int, alone: dist.Proce
         assert probe.elements > 0
         probe.run()
         probe.run()
+
+
+def _step(bandwidth_bytes_per_s: float) -> Step:
+    """Return a step with as much work as backward, on a link."""
+    kernels = {name: KernelCost.linear(1e-3, 1e-8) for name in KERNELS}
+    collectives = {name: CollectiveCost(call_cpu_s=1e-3, byte_cpu_s=1e-9) for name in COLLECTIVES}
+    cluster = Cluster(4, Link(bandwidth_bytes_per_s), workers_per_machine=4)
+    costs = Profile(collectives, kernels, cores=2.0)
+    return Step(Model.of([1 << 20] * 4), cluster, Scheme.parse("planes"), compute_s=0.1, profile=costs, bucket_mb=4)
+
+
+@pytest.mark.parametrize(("bandwidth", "work", "wire"), [(1e12, 1.0, 1.0), (1e12, 1.7, 1.0), (1e5, 1.0, 1.3)])
+def test_what_longer_steps_are_put_down_to(bandwidth: float, work: float, wire: float) -> None:
+    """On a fast link nothing is said of the wire, and on a slow one the processor's time alone speaks for work."""
+    step = _step(bandwidth)
+    elements = float(step.model.num_elements)
+    seen = step.on(in_step=InStep(elements, work, wire))
+    found = likeliest(step, seen.step_s, seen.work_s)
+    assert found.work == pytest.approx(work, rel=0.02)
+    assert found.wire == pytest.approx(wire, rel=0.02)
+    assert step.on(in_step=found).step_s == pytest.approx(seen.step_s, rel=0.01)
+
+
+def test_a_step_that_took_longer_than_its_processors_worked() -> None:
+    """What the kernel does is charged to no process: on a fast link it is work all the same."""
+    step = _step(1e12)
+    seen = step.on(in_step=InStep(1.0, work=1.3))
+    found = likeliest(step, seen.step_s, seen.work_s / 1.3)
+    assert found.work == pytest.approx(1.3, rel=0.02) and found.wire == pytest.approx(1, abs=0.01)
+    assert likeliest(step, step.on().step_s, 0.0).work > 0.1

@@ -1,8 +1,7 @@
 """Fit a profile to what real ranks take for the collectives and kernels that hooks use.
 
-Every figure is a median. What a collective takes is split by least squares with coefficients that are not negative:
-by call, by message, by byte, and by byte where several ranks send to one; once for the clock and once for the
-processor's time. What the processor does not explain is the wire's.
+Every figure is a median. Collectives and kernels are timed alone, by growing sizes; whole steps of small models then
+say how much longer all that takes within a step.
 """
 
 from __future__ import annotations
@@ -11,162 +10,30 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from distsign.memory import keep_freed_memory
+from distsign.simulator.fit import bandwidth_of, fit_collectives
 from distsign.simulator.kernel_probe import MANY_TENSORS, POWER_RANKS, probes
 from distsign.simulator.probe import Call, Ranks, joined_ranks, num_ranks
-from distsign.simulator.profile import COLLECTIVES, FEW_TENSORS, CollectiveCost, KernelCost, Profile
+from distsign.simulator.profile import COLLECTIVES, FEW_TENSORS, KernelCost, Profile
+from distsign.simulator.step_probe import in_step_factors, num_steps_timed
 
-__all__ = [
-    "bandwidth_of",
-    "calibrate",
-    "calibrate_under_torchrun",
-    "fit_collectives",
-    "kernel_sizes",
-    "non_negative_fit",
-]
+__all__ = ["calibrate", "calibrate_under_torchrun", "kernel_sizes"]
 
 _SIZES = (1 << 10, 1 << 15, 1 << 17, 1 << 19, 1 << 21, 1 << 23)
-_KERNEL_SIZES = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
+_KERNEL_SIZES = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 _SIZE_OF_MANY = 1 << 18
 _LEAST_PER_RANK = 1 << 11
 """Elements of a kernel's size for each rank, four times that of many tensors: below, no budget leaves each payload its
 header and a slot for each tensor."""
 _WORK_S = 0.15
-_LINK_LIMITED = (0.7, 1.25)
-"""Of the nominal bandwidth: below it something else is the limit, and above it the ranks use another link, as ranks of
-one machine do; neither says anything of the one that was named."""
-
-Array = npt.NDArray[np.float64]
-
-
-def non_negative_fit(features: Array, times_s: Array) -> Array:
-    """Return the coefficients, none below zero, that explain times best, by their relative errors.
-
-    Args:
-        features: `[num_times, num_features]`, few features.
-        times_s: `[num_times]`, above zero.
-
-    Example:
-        >>> features = np.array([[1.0, 0.0], [1.0, 1e6], [1.0, 2e6]])
-        >>> non_negative_fit(features, np.array([0.5, 1.5, 2.5])).round(9).tolist()
-        [0.5, 1e-06]
-    """
-    best, least = np.zeros(features.shape[1]), math.inf
-    weighted = features / times_s[:, None]
-    scale = np.abs(weighted).max(axis=0)
-    scale[scale == 0] = 1.0
-    for size in range(1, features.shape[1] + 1):
-        for chosen in itertools.combinations(range(features.shape[1]), size):
-            columns = list(chosen)
-            part, *_ = np.linalg.lstsq(weighted[:, columns] / scale[columns], np.ones(len(times_s)), rcond=None)
-            if (part < 0).any():
-                continue
-            error = float(np.square(weighted[:, columns] / scale[columns] @ part - 1).sum())
-            if error < least * (1 - 1e-9):
-                least, best = error, np.zeros(features.shape[1])
-                best[columns] = part / scale[columns]
-    return best
-
-
-@dataclass(frozen=True)
-class LinkFit:
-    """What a link was found to be.
-
-    Attributes:
-        bandwidth_bytes_per_s: of payload.
-        latency_s: of a message.
-        is_limit: whether it was the link that kept bytes from being faster, and not the processor.
-        collectives: cost of each on it.
-    """
-
-    bandwidth_bytes_per_s: float
-    latency_s: float
-    is_limit: bool
-    collectives: dict[str, CollectiveCost]
-
-
-def fit_collectives(
-    calls: Sequence[Call], stretch: float, bandwidth_bytes_per_s: float, nominal_bytes_per_s: float | None = None
-) -> LinkFit:
-    """Fit a link and the costs of collectives on it.
-
-    Args:
-        calls: what was timed, of each kind on several sizes.
-        stretch: how many times longer work takes because ranks share cores.
-        bandwidth_bytes_per_s: what two ranks got through the link while the others were silent; see `bandwidth_of`.
-        nominal_bytes_per_s: what the link is sold as; None where that is not known. It stands where the processor is
-            slower, and where the ranks found a link that is faster, and so another.
-    """
-    walls, cpus = {}, {}
-    for kind in dict.fromkeys(call.kind for call in calls):
-        mine = [call for call in calls if call.kind == kind]
-        ones = np.ones(len(mine))
-        messages = np.array([call.messages for call in mine], dtype=np.float64)
-        link = np.array([call.link_bytes for call in mine], dtype=np.float64)
-        sent = np.array([call.sent_bytes for call in mine], dtype=np.float64)
-        wall = np.array([max(call.timing.wall_s, 1e-7) for call in mine])
-        cpu = np.array([max(call.timing.cpu_s, 1e-7) for call in mine])
-        # Of a ring's messages each has a round of its own, and no rank hears more than one other at a time.
-        crowded = link * (messages > 1) * (kind == "all_to_all")
-        walls[kind] = non_negative_fit(np.stack([ones, messages, link, crowded], 1), wall)
-        cpus[kind] = non_negative_fit(np.stack([ones, messages, sent], 1), cpu)
-    bandwidth, least_cpu = bandwidth_bytes_per_s, min(cost[2] for cost in cpus.values())
-    is_limit = 1 / bandwidth > 1.2 * least_cpu
-    if nominal_bytes_per_s is not None:
-        least, most = (share * nominal_bytes_per_s for share in _LINK_LIMITED)
-        is_limit = least <= bandwidth <= most
-        bandwidth = bandwidth if is_limit else nominal_bytes_per_s
-    fastest = max(min(cost[2] for cost in walls.values()), 1 / bandwidth)
-    delays = {kind: max(0.0, walls[kind][1] - stretch * cpus[kind][1]) for kind in walls}
-    rings = [delay for kind, delay in delays.items() if kind != "all_to_all"]
-    latency = min(rings, default=0.0)
-    found = {}
-    for kind, (call_s, _, byte_s, more_s) in walls.items():
-        call_cpu, message_cpu, byte_cpu = cpus[kind]
-        if not is_limit:
-            # What the process is not charged for is the kernel's work.
-            byte_cpu = max(byte_cpu, (byte_s + more_s) / stretch)
-        is_ring = kind != "all_to_all"
-        found[kind] = CollectiveCost(
-            call_s=max(0.0, call_s - stretch * call_cpu - (0.0 if is_ring else latency)),
-            message_s=delays[kind] - (latency if is_ring else 0.0),
-            call_cpu_s=float(call_cpu),
-            message_cpu_s=float(message_cpu),
-            byte_cpu_s=float(byte_cpu),
-            # Beside the fastest ring, in which each rank hears one other: what both wait for is not the wire's.
-            wire=max(1.0, float(byte_s) / fastest) if is_limit else 1.0,
-            incast=max(1.0, float(byte_s + more_s) / max(float(byte_s), fastest)) if is_limit else 1.0,
-        )
-    return LinkFit(float(bandwidth), float(latency), bool(is_limit), found)
-
-
-def bandwidth_of(calls: Sequence[Call]) -> float:
-    """Return the most bytes per second that any collective got through a link.
-
-    By its two largest messages: of a whole call, latency and what each call costs take a part; of the difference
-    between two, disturbances do. Both can only be too slow but for what passes a pause unshaped, in which the
-    difference has no part: of a collective the lower counts, and the fastest collective for all.
-
-    Args:
-        calls: in one group of ranks, two where the link itself is asked for; of each kind on several sizes.
-    """
-    series: dict[str, list[Call]] = {}
-    for call in sorted(calls, key=lambda call: call.link_bytes):
-        series.setdefault(call.kind, []).append(call)
-    best = 0.0
-    for small, large in (each[-2:] for each in series.values() if len(each) > 1):
-        longer_s = large.timing.wall_s - small.timing.wall_s
-        whole = large.link_bytes / max(large.timing.wall_s, 1e-9)
-        best = max(best, min(whole, (large.link_bytes - small.link_bytes) / longer_s) if longer_s > 0 else 0.0)
-    return best or 1e12
 
 
 def calibrate_under_torchrun(
@@ -174,9 +41,12 @@ def calibrate_under_torchrun(
 ) -> Profile | None:
     """Join the ranks that torchrun has started, and calibrate; see `calibrate`.
 
+    Freed memory is kept, as `launch.train` keeps it.
+
     Raises:
         ValueError: if this process was not started by torchrun, or is the only rank.
     """
+    keep_freed_memory()
     return joined_ranks(
         backend,
         lambda: calibrate(
@@ -202,8 +72,9 @@ def calibrate(
             that all share a machine do not use it: of that link the profile has no more than this figure.
         ranks_per_node: consecutive ranks that share a link; None: `LOCAL_WORLD_SIZE`.
         ranks_per_machine: consecutive ranks that share cores; None: `LOCAL_WORLD_SIZE`.
-        seconds: about how long collectives may take, beside kernels, which take half a minute on two cores and more
-            where more ranks share them; on slow links, large messages are left out.
+        seconds: about how long collectives may take; kernels and whole steps come on top, a minute or two together on
+            two cores that 2 or 4 ranks share. On slow links, large messages are left out, and large models where a step
+            would take more than a twentieth of this time.
         repeats: of each measurement, of which the median counts; fewer of what takes long.
 
     Returns:
@@ -232,17 +103,31 @@ def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, 
         for group in ranks.groups
         for kind in (COLLECTIVES if group != "one link" else ("all_reduce_fp32", "all_to_all"))
     ]
-    with _progress(len(plan) + len(kernel_sizes(ranks.world_size)[0]) + 2, ranks.rank) as advance:
+    total = len(plan) + len(kernel_sizes(ranks.world_size)[0]) + 2 + (num_steps_timed(ranks) if on_cpu else 0)
+    with _progress(total, ranks.rank) as advance:
         cores = _cores(ranks, repeats) if on_cpu else math.inf
-        stretch = max(1.0, ranks.per_machine / cores)
         advance()
-        kernels = _kernels(ranks, 2 * repeats, advance)
+        kernels = _kernels(ranks, repeats, advance)
         calls: dict[str, list[Call]] = {group: [] for group in ranks.groups}
         for group, kind in plan:
             calls[group] += _calls(ranks, kind, group, 0.6 * seconds / len(plan), repeats)
             advance()
-    if ranks.rank != 0:
-        return None
+        # Times are those of all ranks together, and so alike on all: each makes the same profile.
+        profile = _profile(ranks, calls, kernels, cores, nominal_bytes_per_s)
+        if on_cpu:
+            profile = replace(profile, in_step=in_step_factors(ranks, profile, repeats, seconds / 20, advance))
+    return profile if ranks.rank == 0 else None
+
+
+def _profile(
+    ranks: Ranks,
+    calls: Mapping[str, list[Call]],
+    kernels: dict[str, KernelCost],
+    cores: float,
+    nominal_bytes_per_s: float | None,
+) -> Profile:
+    on_cpu = ranks.device.type == "cpu"
+    stretch = max(1.0, ranks.per_machine / cores)
     bandwidth = bandwidth_of(calls["one link"])
     outer = fit_collectives([*calls["all"], *calls.get("pairs", [])], stretch, bandwidth, nominal_bytes_per_s)
     inner = fit_collectives(calls["node"], stretch, bandwidth_of(calls["node"])) if "node" in calls else None
@@ -320,7 +205,7 @@ def kernel_sizes(num_voters: int) -> tuple[tuple[int, ...], int]:
 
     Example:
         >>> [size.bit_length() - 1 for size in kernel_sizes(64)[0]], kernel_sizes(64)[1] == 2**19
-        ([18, 20, 22, 24], True)
+        ([18, 20, 22], True)
     """
     least = _LEAST_PER_RANK * num_voters
     sizes = tuple(size for size in _KERNEL_SIZES if size >= least)

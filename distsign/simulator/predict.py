@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from distsign.simulator.cluster import Cluster
 from distsign.simulator.events import Resource, Simulation, Task
 from distsign.simulator.models import Model, load_model
-from distsign.simulator.profile import Profile
+from distsign.simulator.profile import InStep, Profile
 from distsign.simulator.schemes import Collective, Kernel, Plan, Scheme, plan_step
 from distsign.traffic import ExchangeBytes, ring_all_reduce_bytes
 
@@ -37,6 +37,8 @@ class Prediction:
         exposed_s: of it, after backward.
         step_s: a whole step.
         kernel_s: time of all kernels of the scheme, had they the processor for themselves; the optimizer left out.
+        work_s: core-seconds of a worker for all but forward and backward: kernels, optimizer, collectives. On a device,
+            of its kernels and of the core beside it.
     """
 
     scheme: str
@@ -50,6 +52,7 @@ class Prediction:
     exposed_s: float
     step_s: float
     kernel_s: float
+    work_s: float
 
 
 class Step:
@@ -89,12 +92,13 @@ class Step:
         """Return what one rank sends and receives in a step as the hook counts it; by formula in all-reduces."""
         return self.plan.bytes_of_rank(rank)
 
-    def on(self, bandwidth_bytes_per_s: float | None = None) -> Prediction:
-        """Return the prediction, for another bandwidth of the link if one is given."""
+    def on(self, bandwidth_bytes_per_s: float | None = None, *, in_step: InStep | None = None) -> Prediction:
+        """Return the prediction, for another bandwidth of the link or other factors than the profile's if given."""
         cluster = self.cluster
         if bandwidth_bytes_per_s is not None:
             cluster = replace(cluster, link=replace(cluster.link, bandwidth_bytes_per_s=bandwidth_bytes_per_s))
-        return _Timeline(self, cluster).prediction()
+        in_step = in_step or self.profile.in_step_of(self.scheme.name, self.model.num_elements)
+        return _Timeline(self, cluster, in_step).prediction()
 
 
 class _Timeline:
@@ -103,8 +107,9 @@ class _Timeline:
     Resources: `link`, that of its node, and `node_link`; and `core`, its part of the machine's cores, or `device`.
     """
 
-    def __init__(self, step: Step, cluster: Cluster) -> None:
+    def __init__(self, step: Step, cluster: Cluster, in_step: InStep) -> None:
         self.step, self.cluster, self.profile = step, cluster, step.profile
+        self.longer = in_step
         on_cpu = self.profile.device == "cpu"
         self.part = self.profile.cores / cluster.sharing
         self.unit = "core" if on_cpu else "device"
@@ -121,6 +126,7 @@ class _Timeline:
         self.compute = step.compute_s * (min(1.0, self.part) if on_cpu else 1.0)
         self.exchanging: list[Task] = []
         self.kernels: list[float] = []
+        self.others: list[float] = []
 
     def prediction(self) -> Prediction:
         plan, add = self.step.plan, self.simulation.add
@@ -146,13 +152,16 @@ class _Timeline:
             ends.append(before)
         backward = last
         model = self.step.model
-        cost = self.profile.kernels[plan.step_kernel].seconds(model.num_elements, len(model.parameters))
-        end = add(Task("optimizer", [backward, *ends], work={self.unit: cost}))
+        alone = self.profile.kernels[plan.step_kernel].seconds(model.num_elements, len(model.parameters))
+        end = add(Task("optimizer", [backward, *ends], work={self.unit: self.longer.work * alone}))
+        self.others.append(self.longer.work * alone)
         self.simulation.run()
         return self._summary(backward, end)
 
     def _kernel(self, kernel: Kernel, after: Sequence[Task]) -> Task:
-        seconds = kernel.times * self.profile.kernels[kernel.name].seconds(kernel.elements, kernel.tensors)
+        seconds = (
+            self.longer.work * kernel.times * self.profile.kernels[kernel.name].seconds(kernel.elements, kernel.tensors)
+        )
         self.kernels.append(seconds)
         return self.simulation.add(Task(kernel.name, after, work={self.unit: seconds}))
 
@@ -162,14 +171,17 @@ class _Timeline:
             return self.simulation.add(Task(each.kind, after, rounds=0))
         leaves = each.between_bytes > 0
         latency_s = (self.cluster.link if leaves else self.cluster.node_link).latency_s
-        cpu = cost.call_cpu_s + cost.message_cpu_s * each.messages + cost.byte_cpu_s * each.sent_bytes
-        wire = cost.wire * (cost.incast if each.messages > rounds else 1.0)
+        cpu = self.longer.work * (
+            cost.call_cpu_s + cost.message_cpu_s * each.messages + cost.byte_cpu_s * each.sent_bytes
+        )
+        self.others.append(cpu)
+        wire = self.longer.wire * cost.wire * (cost.incast if each.messages > rounds else 1.0)
         between, within = wire * each.between_bytes, wire * each.within_bytes
         task = Task(
             each.kind,
             after,
             rounds=rounds,
-            delay_s=latency_s + (cost.call_s + cost.message_s * each.messages) / rounds,
+            delay_s=self.longer.wire * (latency_s + (cost.call_s + cost.message_s * each.messages) / rounds),
             work={"link": between, "node_link": within, "core": cpu / rounds},
             queue="collectives",
         )
@@ -198,6 +210,7 @@ class _Timeline:
             exposed_s=exposed_s,
             step_s=end.end_s,
             kernel_s=sum(self.kernels),
+            work_s=sum(self.kernels) + sum(self.others),
         )
 
 

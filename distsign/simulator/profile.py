@@ -6,12 +6,14 @@ import bisect
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeGuard
 
-__all__ = ["COLLECTIVES", "FEW_TENSORS", "KERNELS", "CollectiveCost", "KernelCost", "Profile"]
+import numpy as np
+
+__all__ = ["COLLECTIVES", "FEW_TENSORS", "KERNELS", "CollectiveCost", "InStep", "KernelCost", "Profile"]
 
 _FORMAT = "distsign-profile"
 _VERSION = 1
@@ -91,6 +93,21 @@ class CollectiveCost:
 
 
 @dataclass(frozen=True)
+class InStep:
+    """How much longer things take within training steps than each took alone.
+
+    Args:
+        elements: of the model that was trained.
+        work: times as long: kernels, optimizer, and the processor's part of collectives.
+        wire: times as long: bytes on the link, and waiting.
+    """
+
+    elements: float
+    work: float = 1.0
+    wire: float = 1.0
+
+
+@dataclass(frozen=True)
 class Profile:
     """Costs on one kind of machine and link.
 
@@ -103,6 +120,8 @@ class Profile:
         bandwidth_bytes_per_s: of the link as measured.
         latency_s: likewise.
         efficiency: share of a link's nominal bandwidth that payloads get.
+        in_step: by the name of a scheme, what becomes of its work within steps of models of some sizes, by growing
+            elements; what is not named is as it is alone.
         node_bandwidth_bytes_per_s: between ranks of a node, for each of them; None where that was not measured.
         node_latency_s: likewise.
         facts: where and on what it was measured.
@@ -123,6 +142,7 @@ class Profile:
     bandwidth_bytes_per_s: float | None = None
     latency_s: float = 0.0
     efficiency: float = 1.0
+    in_step: Mapping[str, tuple[InStep, ...]] = field(default_factory=dict)
     node_bandwidth_bytes_per_s: float | None = None
     node_latency_s: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -147,10 +167,27 @@ class Profile:
             _require_kernel(name, kernel)
         for name, collective in self.collectives.items():
             _require_costs(name, vars(collective))
+        for name, points in self.in_step.items():
+            _require_in_step(name, points)
         for name in ("latency_s", "node_latency_s"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < math.inf:
                 raise ValueError(f"a profile's {name} must be a number of at least 0, got {value!r}")
+
+    def in_step_of(self, scheme: str, num_elements: float) -> InStep:
+        """Return what becomes of a scheme's work in steps of a model of this size: between two sizes by logarithms.
+
+        Example:
+            >>> from dataclasses import replace
+            >>> profile = replace(Profile.ideal(), in_step={"planes": (InStep(1e4, 2.0, 1.0), InStep(1e6, 1.0, 1.0))})
+            >>> [profile.in_step_of("planes", n).work for n in (1e3, 1e5, 1e7)], profile.in_step_of("fp32", 1e5).work
+            ([2.0, 1.5, 1.0], 1.0)
+        """
+        points = self.in_step.get(scheme) or (InStep(num_elements),)
+        sizes = np.log([point.elements for point in points])
+        where = math.log(max(num_elements, 1))
+        work, wire = ([getattr(point, what) for point in points] for what in ("work", "wire"))
+        return InStep(num_elements, float(np.interp(where, sizes, work)), float(np.interp(where, sizes, wire)))
 
     @classmethod
     def ideal(cls) -> Profile:
@@ -186,7 +223,9 @@ class Profile:
             cores = data.pop("cores")
             collectives = {name: CollectiveCost(**cost) for name, cost in data.pop("collectives").items()}
             kernels = {name: KernelCost(**cost) for name, cost in data.pop("kernels").items()}
-            return cls(collectives, kernels, cores=math.inf if cores is None else cores, **data)
+            steps = data.pop("in_step", {}).items()
+            in_step = {name: tuple(InStep(**point) for point in points) for name, points in steps}
+            return cls(collectives, kernels, in_step=in_step, cores=math.inf if cores is None else cores, **data)
         except (KeyError, TypeError, AttributeError) as error:
             known = ", ".join(each.name for each in fields(cls))
             raise ValueError(f"the profile {path} is damaged ({error}), expected {known}; {again}") from error
@@ -201,6 +240,15 @@ def _require_kernel(name: str, cost: KernelCost) -> None:
     sizes = [elements for elements, _ in cost.points]
     if len(sizes) < 2 or any(low >= high for low, high in itertools.pairwise(sizes)):
         raise ValueError(f"the cost of {name} needs two points or more, by growing elements, got {sizes}")
+
+
+def _require_in_step(scheme: str, points: Sequence[InStep]) -> None:
+    for name, value in itertools.chain.from_iterable(vars(point).items() for point in points):
+        if not _is_number(value) or not 0 < value < math.inf:
+            raise ValueError(f"in_step of {scheme}: {name} must be a number above zero, got {value!r}")
+    sizes = [point.elements for point in points]
+    if not sizes or any(low >= high for low, high in itertools.pairwise(sizes)):
+        raise ValueError(f"in_step of {scheme} needs points by growing elements, got {sizes}")
 
 
 def _require_costs(name: str, values: Mapping[str, object]) -> None:

@@ -22,9 +22,9 @@ _NEVER = -1
 def keep_freed_memory() -> bool:
     """Keep freed memory for the next step; return whether this C library can (glibc can, musl and macOS cannot).
 
-    A process then keeps about as much as it has ever needed at once, and some more for gaps: 872 MB instead of 736 where
-    PowerSGD's blocks of 50 MB were the largest. All threads share one heap, but for those that have got one of their
-    own before the call.
+    A process then keeps about as much as it has ever needed at once, and some more for gaps: 872 MB instead of 736
+    where PowerSGD's blocks of 50 MB were the largest. All threads share one heap, but for those that have got one of
+    their own before the call.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

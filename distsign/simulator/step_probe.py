@@ -1,0 +1,221 @@
+"""Whole steps of small models on real ranks: how much longer work takes among other work than it took alone.
+
+Between two calls of a kernel a step does everything else: caches are cold, threads of collectives run, and of several
+ranks one is always the last. Alone none of this is seen. On a virtual Xeon of two cores, votes' kernels took 1.1 to 1.9
+times as long in steps as alone, PowerSGD's 0.6 to 1.4 times.
+"""
+
+# Annotations are evaluated in this file: DDP compares those of a hook with the classes themselves.
+import gc
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Optimizer
+
+from distsign.confidence import RMSConfidence
+from distsign.hook import SignVoteState, sign_vote_hook
+from distsign.optim import SignAdamPP
+from distsign.rivals import make_rival
+from distsign.simulator.cluster import Cluster, Link
+from distsign.simulator.models import Model
+from distsign.simulator.predict import Step
+from distsign.simulator.probe import Ranks, Timing
+from distsign.simulator.profile import InStep, Profile
+from distsign.simulator.schemes import Scheme
+
+__all__ = ["in_step_factors", "likeliest", "num_steps_timed"]
+
+_BUCKET_MB, _ONE_BUCKET_MB = 4.0, 1e4
+_WALL_SPREAD, _SPREADS = 0.02, np.array([0.15, 0.15])
+"""Standard deviations, in logarithms: of a step's time; of work beside the processor's time, and of the wire."""
+_ROUNDS, _NUDGE, _MOST = 6, 0.05, 1.2
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Net:
+    """Linear layers and GELU, on normal numbers.
+
+    Args:
+        layers: how many.
+        width: of each.
+        batch: samples; as many as let forward and backward take a time that is usual beside the exchange.
+    """
+
+    layers: int
+    width: int
+    batch: int
+
+    def make(self) -> nn.Module:
+        """Return the model."""
+        pairs = [(nn.Linear(self.width, self.width), nn.GELU()) for _ in range(self.layers)]
+        return nn.Sequential(*(part for pair in pairs for part in pair))
+
+
+_NETS = (_Net(3, 384, 384), _Net(4, 1088, 96), _Net(10, 1184, 16))
+"""Of 0.4, 4.7 and 14 M parameters."""
+_SCHEMES = ("fp32", "bf16", "fp16", "powersgd:2", "topk:0.001", "planes", "sparse:bits=0.1")
+_RIVALS = {
+    "fp32": ("none", ""),
+    "bf16": ("bf16", ""),
+    "fp16": ("fp16", ""),
+    "powersgd": ("power-sgd", "rank"),
+    "topk": ("top-k", "density"),
+}
+"""Name and option of those that are behind `make_rival`."""
+_WARM_UP = 3
+"""Steps before those that `Ranks.time` does not count: PowerSGD begins with two plain ones, DDP parts its buckets anew
+after the first, and until memory lies where the next step finds it, more go by."""
+
+
+def num_steps_timed(ranks: Ranks) -> int:
+    """Return how many times `in_step_factors` says that it has got on."""
+    return len(_NETS) * len(_schemes(ranks))
+
+
+def in_step_factors(
+    ranks: Ranks, profile: Profile, repeats: int, longest_s: float, advance: Callable[[], object]
+) -> dict[str, tuple[InStep, ...]]:
+    """Return `Profile.in_step`, from steps of models of several sizes under each scheme.
+
+    On CPUs only: on a device nothing has been measured that a factor could be held to.
+
+    Args:
+        ranks: see there.
+        profile: of the same ranks, without factors.
+        repeats: steps that count, fewer of long ones.
+        longest_s: of a predicted step; beyond, only the smallest model is trained.
+        advance: called after each scheme and model.
+    """
+    found: dict[str, list[InStep]] = {}
+    for net in _NETS:
+        model = Model.of(net.make())
+        alone = _timed(net, None, ranks, repeats)
+        for text in _schemes(ranks):
+            scheme = Scheme.parse(text)
+            predicted = _step(model, scheme, ranks, profile, alone.wall_s)
+            if net is _NETS[0] or ranks.agreed(predicted.on().step_s) <= longest_s:
+                whole = _timed(net, scheme, ranks, repeats)
+                factors = likeliest(predicted, whole.wall_s, whole.cpu_s - alone.cpu_s)
+                found.setdefault(scheme.name, []).append(factors)
+            advance()
+    return {name: tuple(points) for name, points in found.items()}
+
+
+def likeliest(step: Step, whole_s: float, work_s: float) -> InStep:
+    """Return the factors, of a scheme's work and of the wire, that best explain a step.
+
+    Work is seen by the processor's time. Where the whole step then takes longer than predicted, or less long, it is
+    put down to both as far as either matters and could be wrong: on a slow link to the wire, on a fast one to work, of
+    which the kernel does a part that no process is charged with.
+
+    Args:
+        step: on a profile without factors.
+        whole_s: what the step took.
+        work_s: of the processor's time, what forward and backward did not take; at least a tenth of what was predicted
+            counts.
+    """
+    alone_s, elements = step.on().work_s, float(step.model.num_elements)
+    seen = max(work_s, 0.1 * alone_s) / alone_s
+    off = np.zeros(2)
+
+    def longer(logs: Array) -> InStep:
+        return InStep(elements, seen * math.exp(logs[0]), math.exp(logs[1]))
+
+    def gap(logs: Array) -> float:
+        return math.log(whole_s / step.on(in_step=longer(logs)).step_s)
+
+    for _ in range(_ROUNDS):
+        here = gap(off)
+        slopes = np.array([(here - gap(off + nudge)) / _NUDGE for nudge in _NUDGE * np.eye(2)])
+        # Of all that explain the gap, the nearest to where we began, each by its own measure.
+        gain = _SPREADS**2 * slopes / (_WALL_SPREAD**2 + float(_SPREADS**2 @ slopes**2))
+        off = np.clip(gain * (here + slopes @ off), -_MOST, _MOST)
+    return longer(off)
+
+
+def _schemes(ranks: Ranks) -> tuple[str, ...]:
+    several = 1 < ranks.per_node < ranks.world_size
+    return (*_SCHEMES, "hierarchical:bits=0.1") if several else _SCHEMES
+
+
+def _step(model: Model, scheme: Scheme, ranks: Ranks, profile: Profile, compute_s: float) -> Step:
+    assert profile.bandwidth_bytes_per_s is not None
+    link = Link(profile.bandwidth_bytes_per_s / profile.efficiency, profile.latency_s)
+    inner = Link(profile.node_bandwidth_bytes_per_s or math.inf, profile.node_latency_s)
+    cluster = Cluster(ranks.world_size, link, ranks.per_node, inner, ranks.per_machine)
+    return Step(model, cluster, scheme, compute_s=compute_s, profile=profile, bucket_mb=_bucket_mb(scheme))
+
+
+def _bucket_mb(scheme: Scheme | None) -> float:
+    return _ONE_BUCKET_MB if scheme is not None and scheme.name == "powersgd" else _BUCKET_MB
+
+
+def _timed(net: _Net, scheme: Scheme | None, ranks: Ranks, repeats: int) -> Timing:
+    with _training(net, scheme, ranks) as step:
+        for _ in range(_WARM_UP):
+            step()
+        found = ranks.time(step, repeats)
+    gc.collect()  # a model and its hook hold each other
+    return found
+
+
+@contextmanager
+def _training(net: _Net, scheme: Scheme | None, ranks: Ranks) -> Iterator[Callable[[], object]]:
+    """Yield what goes one step on under a scheme; without one, forward and backward."""
+    torch.manual_seed(0)
+    bucket_mb = _bucket_mb(scheme)
+    model = DistributedDataParallel(net.make().to(ranks.device), bucket_cap_mb=bucket_mb, init_sync=False)
+    inputs, wanted = torch.randn(2, net.batch, net.width, device=ranks.device)
+    optimizer, close = _attach(model, scheme, ranks)
+
+    def step() -> None:
+        model.zero_grad()
+        nn.functional.mse_loss(model(inputs), wanted).backward()  # type: ignore[no-untyped-call]
+        if optimizer is not None:
+            optimizer.step()
+
+    yield step
+    close()
+
+
+def _attach(
+    model: DistributedDataParallel, scheme: Scheme | None, ranks: Ranks
+) -> tuple[Optimizer | None, Callable[[], object]]:
+    """Register a scheme's hook; return the optimizer, and what gives back what the hook holds."""
+    if scheme is None:
+        model.register_comm_hook(None, _no_exchange)
+        return None, lambda: None
+    if scheme.name in _RIVALS:
+        name, option = _RIVALS[scheme.name]
+        rival = make_rival(name, **{option: scheme.options[option]} if option else {})
+        rival.register(model)
+        return SGD(model.parameters(), lr=1e-6), rival.close
+    bits, nested = scheme.options.get("bits"), scheme.name == "hierarchical"
+    state = SignVoteState(
+        confidence=RMSConfidence(),
+        wire="planes" if bits is None else "auto",
+        bits_per_param=bits,
+        exchange="hierarchical" if nested else "two_phase",
+        ranks_per_node=ranks.per_node if nested else None,
+    )
+    model.register_comm_hook(state, sign_vote_hook)
+    return SignAdamPP(model.named_parameters(), lr=1e-6, momentum=0.0, vote_state=state), state.close
+
+
+def _no_exchange(state: object, bucket: GradBucket) -> Future[Tensor]:
+    """Leave each rank its own gradient."""
+    del state
+    future: Future[Tensor] = Future()
+    future.set_result(bucket.buffer())
+    return future
