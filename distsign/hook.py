@@ -150,6 +150,16 @@ class SignVoteState:
         """
         self._registry.track(named_parameters)
 
+    def require_budget(self) -> None:
+        """Hold `bits_per_param` to the parameters that `track` has seen, all of the model: now, not in the first step.
+
+        Raises:
+            ValueError: if the budget is too small or too large for them, or `exclude` names one that is not there.
+        """
+        if self._options.bits_per_param is not None:
+            num_voters = world_size_of(self.process_group) // self._options.ranks_per_node
+            self._pipeline.density_of_budget(num_voters)
+
     def lr_scale(self, parameter: Tensor) -> float | Tensor:
         """Return the factor on this step's learning rate for a parameter, alike on all ranks.
 

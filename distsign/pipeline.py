@@ -110,17 +110,22 @@ class VotePipeline:
             self.ladder = self._new_ladder(exchange.num_voters)
         exchange.admission = self.admission
         if self.options.bits_per_param is not None:
-            # The first column's share stands for all: they differ by a few components.
-            parts = [part_of(self._part(row), 0, self.options.ranks_per_node) for row in range(len(self._registry))]
-            shapes = [Shape(part.row, part.length) for part in parts if part.voted]
-            density = density_for(
-                self.options.bits_per_param,
-                shapes,
-                exchange.num_voters,
-                COALESCE_BYTES,
-                checksum=self.options.checksum,
-            )
-            self._budgeted = min(density, self.options.max_density or 1.0)
+            self._budgeted = min(self.density_of_budget(exchange.num_voters), self.options.max_density or 1.0)
+
+    def density_of_budget(self, num_voters: int) -> float:
+        """Return the density at which payloads of all parameters that are known fill the budget.
+
+        Raises:
+            ValueError: the budget is too small or too large for them, or `exclude` names one that is not known.
+        """
+        assert self.options.bits_per_param is not None
+        self._excluded = frozenset(self._registry.rows_of(self.options.exclude))
+        # The first column's share stands for all: they differ by a few components.
+        parts = [part_of(self._part(row), 0, self.options.ranks_per_node) for row in range(len(self._registry))]
+        shapes = [Shape(part.row, part.length) for part in parts if part.voted]
+        return density_for(
+            self.options.bits_per_param, shapes, num_voters, COALESCE_BYTES, checksum=self.options.checksum
+        )
 
     @property
     def density(self) -> Density:

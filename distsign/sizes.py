@@ -116,7 +116,7 @@ def density_for(
         raise ValueError(
             f"bits_per_param={bits_per_param:g} is {budget_bytes} bytes for the {num_elements:,} elements of this "
             f"model, but headers and one vote for each piece of a parameter take {size(0.0)}: the least is "
-            f"{8 * size(0.0) / num_elements + 1e-4:.4f}"
+            f"{8 * size(0.0) / num_elements + 1e-4:.4f}, and several times that is where a vote begins to say something"
         )
     low, high = 0.0, 1.0
     for _ in range(40):

@@ -212,6 +212,8 @@ def register_hook(model: DistributedDataParallel, options: TrainOptions) -> Comb
     """
     if options.hook == SIGN_VOTE:
         state = make_vote_state(options)
+        state.track(model.named_parameters())
+        state.require_budget()
         model.register_comm_hook(state, sign_vote_hook)
         return SignVote(state)
     rival = make_rival(options.hook)

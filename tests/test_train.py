@@ -428,6 +428,13 @@ def test_a_margin_that_no_vote_can_reach_ends_before_the_start() -> None:
     assert done.stderr.startswith("launch.train: error: --margin must be at most the number of voters, 1, got 9")
 
 
+def test_a_budget_that_is_too_small_for_the_model_ends_before_the_start() -> None:
+    done = in_one_process(*VOTE, "--confidence", "rms", "--momentum", "0", "--bits-per-param", "0.001")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("launch.train: error: --bits-per-param=0.001 is 7 bytes for the 61,706 elements of")
+    assert "the least is 0.0" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_wrong_option_ends_with_code_2() -> None:
     done = in_one_process("--lr", "-1")
     assert done.returncode == 2
