@@ -121,6 +121,8 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _require_place(path: Path) -> None:
+    if str(path) == "-":
+        raise ValueError("cannot write to -: the table is on standard output already; name a file")
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():

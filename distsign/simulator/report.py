@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distsign.simulator.predict import Prediction, Step, break_even
+from distsign.simulator.profile import Profile
 from distsign.simulator.schemes import Scheme
 from distsign.simulator.tables import format_table
 from distsign.simulator.units import format_bandwidth, format_bytes, format_seconds
@@ -151,6 +153,10 @@ def compare(steps: Sequence[Step], baselines: Sequence[Step]) -> Comparison:
 # ------------------------------------------------------------------------------------------------------------- picture
 
 
+_DASHES = ("-", (0, (5, 3)), (0, (1, 2)), (0, (5, 2, 1, 2)))
+"""Lines of schemes that take as long lie on one another, and each is still seen."""
+
+
 def draw(steps: Sequence[Step], path: str | Path) -> None:
     """Draw step time against bandwidth, and against workers, one line a scheme.
 
@@ -172,11 +178,12 @@ def draw(steps: Sequence[Step], path: str | Path) -> None:
     workers = _worker_counts(cluster.num_workers, cluster.workers_per_node)
     figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for step in steps:
+    for step, dashes in zip(steps, itertools.cycle(_DASHES), strict=False):
         label = step.scheme.label
-        left.plot([8 * b / 1e9 for b in bandwidths], [step.on(b).step_s for b in bandwidths], label=label)
+        times = [step.on(b).step_s for b in bandwidths]
+        left.plot([8 * b / 1e9 for b in bandwidths], times, linestyle=dashes, label=label)
         times = [_at_workers(step, count) for count in workers]
-        right.plot(workers, times, marker="o", markersize=3, label=label)
+        right.plot(workers, times, linestyle=dashes, marker="o", markersize=3, label=label)
     left.axvline(8 * centre / 1e9, color="#999999", linewidth=0.8)
     left.set_xlabel("bandwidth of a node's link, Gbit/s (log scale)")
     right.set_xlabel("workers (log scale)")
@@ -189,7 +196,8 @@ def draw(steps: Sequence[Step], path: str | Path) -> None:
         axes.grid(visible=True, color="#e4e4e4")
     right.set_xscale("log", base=2)
     left.legend(fontsize=8)
-    figure.suptitle(f"{steps[0].model.name}, {cluster.num_workers} workers, {format_bandwidth(here)}")
+    costs = "the wire alone" if steps[0].profile == Profile.ideal() else "calibrated"
+    figure.suptitle(f"{steps[0].model.name}, {cluster.num_workers} workers, {format_bandwidth(here)}, {costs}")
     try:
         figure.savefig(path)
     except ValueError as error:
