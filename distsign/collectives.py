@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ __all__ = [
     "all_gather",
     "all_gather_into",
     "all_to_all",
+    "begin_all_to_all",
     "gather_values",
     "ranks_of",
     "world_size_of",
@@ -41,6 +42,17 @@ def all_to_all(
 ) -> None:
     """Send `send[k]` elements of `source` to rank k of the group, and receive `receive[k]` of it into `target`.
 
+    See `begin_all_to_all`.
+    """
+    for work in begin_all_to_all(target, source, receive, send, group):
+        work.wait()
+
+
+def begin_all_to_all(
+    target: Tensor, source: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup | None
+) -> list[dist.Work]:
+    """Begin `all_to_all`, and return what has to be waited for; on a device nothing, which keeps the order itself.
+
     `source` may also be `[world_size, n]`, with a row for each rank: one row that is expanded goes to all uncopied.
 
     On Gloo message by message, all receives posted before the first send. A Gloo pair sends only what the other side
@@ -50,7 +62,7 @@ def all_to_all(
     """
     if source.device.type != "cpu":
         dist.all_to_all_single(target, source.reshape(-1), receive, send, group=group)
-        return
+        return []
     into, out = torch.split(target, receive), torch.split(source, send) if source.dim() == 1 else source.unbind()
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     others = [(rank + k) % world_size for k in range(1, world_size)]
@@ -61,8 +73,7 @@ def all_to_all(
     works = [group.recv([into[k]], k, _TAG) for k in reversed(others)]
     works += [group.send([out[k]], k, _TAG) for k in others]
     into[rank].copy_(out[rank])
-    for work in works:
-        work.wait()
+    return works
 
 
 def all_gather_into(target: Tensor, source: Tensor, group: dist.ProcessGroup | None) -> None:
@@ -189,13 +200,23 @@ class Link:
         Raises:
             LinkError: on the CPU, within the group's timeout, if they do not get through; it names `what`, and ranks.
         """
+        return self._begin(source, send, receive, what)()
+
+    def _begin(self, source: Tensor, send: list[int], receive: list[int], what: str) -> Callable[[], Tensor]:
         if self.group is None:
-            return source.reshape(-1)
+            return lambda: source.reshape(-1)
         target = source.new_empty(sum(receive))
         with self._watch(what):
-            all_to_all(target, source, receive, send, self.group)
+            works = begin_all_to_all(target, source, receive, send, self.group)
         self._count(source, sum(send) - send[self.rank], sum(receive) - receive[self.rank])
-        return target
+
+        def arrived() -> Tensor:
+            with self._watch(what):
+                for work in works:
+                    work.wait()
+            return target
+
+        return arrived
 
     def share(self, source: Tensor, receive: Sequence[int], what: str = "an exchange") -> Tensor:
         """Return `source` of all ranks, of `receive[k]` elements each, one after the other.
@@ -205,6 +226,11 @@ class Link:
         """
         rows = source.expand(self.world_size, -1)
         return self.all_to_all(rows, [source.numel()] * self.world_size, list(receive), what)
+
+    def begin_share(self, source: Tensor, receive: Sequence[int], what: str = "an exchange") -> Callable[[], Tensor]:
+        """Begin `share`; what is returned waits for it, and returns what it would have."""
+        rows = source.expand(self.world_size, -1)
+        return self._begin(rows, [source.numel()] * self.world_size, list(receive), what)
 
     def all_gather(self, source: Tensor, what: str = "an exchange") -> Tensor:
         """Return `source` of all ranks, one row each.

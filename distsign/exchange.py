@@ -6,7 +6,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -58,8 +58,8 @@ class VoteExchange:
         kind: `"two_phase"` (bytes per rank flat in the number of ranks) or `"all_gather"` (each rank counts all ballots
             itself, so that no owner needs to be trusted).
         ranks_per_node: consecutive ranks that make a node; 1 for a vote of all.
-        checksum: whether payloads end with one. A payload that is damaged then poisons the step, and `agree`
-            tells all ranks.
+        checksum: whether payloads end with one. A payload that is damaged then poisons the step, and all ranks learn
+            of it by `tell` and `agree`.
 
     Attributes:
         admission: whose ballots this rank counts.
@@ -77,6 +77,7 @@ class VoteExchange:
         self._checksum = checksum
         # Of this step: 1 + the rank that wrote a payload which came here damaged, or 0.
         self._damage = torch.zeros((), dtype=torch.int64)
+        self._word: Callable[[], Tensor] | None = None  # of all voters on this step, on its way
         self._ranks_per_node = ranks_per_node
         self._all = self._voters = link
         self._node = Link(None)
@@ -299,12 +300,28 @@ class VoteExchange:
         self._mismatch = bad if self._mismatch is None else self._mismatch | bad
         return poisoned | bad
 
+    def tell(self) -> None:
+        """Send word to all ranks of what this one has seen in the step, whose last payloads it has just read.
+
+        It travels while verdicts are written; `agree` waits for that of the others.
+        """
+        damage, self._damage = self._damage, torch.zeros_like(self._damage)
+        word = [damage.view(1).view(torch.uint8)] * self._checksum
+        word += [self.admission.seen.to(torch.uint8)] * self._tells_poison
+        if word:
+            mine = torch.cat(word)
+            self._word = self._voters.begin_share(mine, [mine.numel()] * self.num_voters, "word of damage and poison")
+
+    @property
+    def _tells_poison(self) -> bool:
+        return self.admission.max_poison_streak is not None and self.kind != "all_gather"
+
     def agree(self) -> Tensor:
         """Let all ranks learn, at the end of a step, whose payload came damaged, and who sent poison to anybody.
 
-        All must call it. Without it a rank might take a step that another does not: what came damaged to one has
-        reached the others well. Who floods with poison is left out by all alike; owners know of what came to them
-        alone, and tell; where every rank gets all ballots, none needs to believe it. One message says both.
+        All must call it, after `tell`. Without it a rank might take a step that another does not: what came damaged to
+        one has reached the others well. Who floods with poison is left out by all alike; owners know of what came to
+        them alone, and tell; where every rank gets all ballots, none needs to believe it. One message says both.
 
         Returns:
             bool scalar tensor on the device of the payloads, alike on all ranks: whether the step must be poisoned.
@@ -313,19 +330,18 @@ class VoteExchange:
             PayloadError: on the CPU, on all ranks alike, if a payload came damaged; it names who wrote it and who got
                 it. On CUDA, where this would wait, `raise_if_mismatched` says so later.
         """
-        damage, self._damage = self._damage, torch.zeros_like(self._damage)
-        seen = self.admission.seen
-        split = damage.itemsize * self._checksum
-        telling = self.admission.max_poison_streak is not None and self.kind != "all_gather"
-        if self._checksum or telling:
-            word = [damage.view(1).view(torch.uint8)] * self._checksum + [seen.to(torch.uint8)] * telling
-            of_voters = self._voters.all_gather(torch.cat(word), "word of damage and poison")
-            in_node = torch.cat([of_voters[:, :split].flatten(), of_voters[:, split:].amax(0) if telling else seen[:0]])
-            of_node = self._node.all_gather(in_node, "word of damage and poison")
-            split *= self._voters.world_size
+        seen, damage = self.admission.seen, torch.zeros_like(self._damage)
+        if self._word is not None:
+            of_voters, self._word = self._word().view(self.num_voters, -1), None
+            split = damage.itemsize * self._checksum
+            told = of_voters[:, split:].amax(0) if self._tells_poison else of_voters[0, :0]
+            in_node = torch.cat([of_voters[:, :split].flatten(), told])
+            of_node = self._node.share(in_node, [in_node.numel()] * self._node.world_size, "word of damage and poison")
+            of_node = of_node.view(self._node.world_size, -1)
+            split *= self.num_voters
             if self._checksum:  # in order of rank
                 damage = of_node[:, :split].flatten().view(torch.int64).view(of_node.shape[0], -1).t().flatten()
-            if telling:
+            if self._tells_poison:
                 seen = of_node[:, split:].amax(0) != 0
         self._require_undamaged(damage)
         self.admission.commit(seen)

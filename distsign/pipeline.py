@@ -312,7 +312,7 @@ class VotePipeline:
         """Exchange a group, write its verdicts into the buckets, and fulfil their futures; never raises."""
         try:
             if self._error is None:
-                self._vote([bucket.gradient for bucket in group], plan, ballots, scale)
+                self._vote([bucket.gradient for bucket in group], plan, ballots, scale, is_last=is_last)
                 if self._in_backward:
                     self._registry.mark_verdicts(row for bucket in group for row in bucket.rows)
                 if is_last:
@@ -341,7 +341,9 @@ class VotePipeline:
         first = f"{names[0]} to {names[-1]}" if len(names) > 1 else "".join(names) or "unnamed"
         return f"{len(group)} bucket(s), {first} ({elements})"
 
-    def _vote(self, gradients: list[Tensor], plan: Plan, ballots: Tensor | None, scale: Tensor) -> None:
+    def _vote(
+        self, gradients: list[Tensor], plan: Plan, ballots: Tensor | None, scale: Tensor, *, is_last: bool
+    ) -> None:
         assert self.exchange is not None and self.owner is not None
         exchange, column = self.exchange, plan.columns[self.exchange.local_rank]
         if ballots is None:
@@ -351,18 +353,26 @@ class VotePipeline:
         payloads = [exchange.vote(column.ballots, column.verdicts, ballots, self.owner, starts, kernels)]
         if self.options.ranks_per_node > 1:
             payloads = exchange.share_in_node(payloads[0], [each.verdicts.buffer_bytes for each in plan.columns])
-        self.take(gradients, plan, payloads, scale)
+        self.take(gradients, plan, payloads, scale, is_last=is_last)
 
-    def take(self, gradients: list[Tensor], plan: Plan, payloads: list[Tensor], scale: Tensor) -> None:
-        """Write a group's verdicts, of each column those of all its owners, over the gradients of its buckets."""
+    def take(
+        self, gradients: list[Tensor], plan: Plan, payloads: list[Tensor], scale: Tensor, *, is_last: bool = False
+    ) -> None:
+        """Write a group's verdicts, of each column those of all its owners, over the gradients of its buckets.
+
+        Of the last group of a step, ranks tell each other what they have seen of damage and poison meanwhile.
+        """
         assert self.exchange is not None
         device = payloads[0].device
         # Half precision is written by way of float32.
         out = [gradient.float() for gradient in gradients]
         poisoned = torch.zeros((), dtype=torch.bool, device=device)
+        pairs = enumerate(zip(plan.columns, payloads, strict=True))
+        read = [self.exchange.read(each.verdicts, payload, kernels_for(device), k) for k, (each, payload) in pairs]
+        if is_last:
+            self.exchange.tell()
         seen: list[Tensor] = []
-        for k, (each, payload) in enumerate(zip(plan.columns, payloads, strict=True)):
-            found = self.exchange.read(each.verdicts, payload, kernels_for(device), k)
+        for each, found in zip(plan.columns, read, strict=True):
             poisoned = poisoned | found.poisoned
             seen.append(self._write(gradients, out, each, found, scale))
         self._take_note(plan, seen)
