@@ -99,7 +99,8 @@ def in_step_factors(
     """
     found: dict[str, list[InStep]] = {}
     for net in _NETS:
-        model = Model.of(net.make())
+        with torch.device("meta"):
+            model = Model.of(net.make())
         alone = _timed(net, None, ranks, repeats)
         for text in _schemes(ranks):
             scheme = Scheme.parse(text)
@@ -173,10 +174,12 @@ def _timed(net: _Net, scheme: Scheme | None, ranks: Ranks, repeats: int) -> Timi
 @contextmanager
 def _training(net: _Net, scheme: Scheme | None, ranks: Ranks) -> Iterator[Callable[[], object]]:
     """Yield what goes one step on under a scheme; without one, forward and backward."""
-    torch.manual_seed(0)
-    bucket_mb = _bucket_mb(scheme)
-    model = DistributedDataParallel(net.make().to(ranks.device), bucket_cap_mb=bucket_mb, init_sync=False)
-    inputs, wanted = torch.randn(2, net.batch, net.width, device=ranks.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = net.make().to(ranks.device)
+        torch.manual_seed(1 + ranks.rank)  # votes are to differ as they do in training
+        inputs, wanted = torch.randn(2, net.batch, net.width).to(ranks.device)
+    model = DistributedDataParallel(made, bucket_cap_mb=_bucket_mb(scheme), init_sync=False)
     optimizer, close = _attach(model, scheme, ranks)
 
     def step() -> None:
