@@ -74,7 +74,7 @@ def calibrate(
         ranks_per_machine: consecutive ranks that share cores; None: `LOCAL_WORLD_SIZE`.
         seconds: about how long collectives may take; kernels and whole steps come on top, a minute or two together on
             two cores that 2 or 4 ranks share. On slow links, large messages are left out, and large models where a step
-            would take more than a twentieth of this time.
+            would take more than a twelfth of this time.
         repeats: of each measurement, of which the median counts; fewer of what takes long.
 
     Returns:
@@ -115,7 +115,7 @@ def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, 
         # Times are those of all ranks together, and so alike on all: each makes the same profile.
         profile = _profile(ranks, calls, kernels, cores, nominal_bytes_per_s)
         if on_cpu:
-            profile = replace(profile, in_step=in_step_factors(ranks, profile, repeats, seconds / 20, advance))
+            profile = replace(profile, in_step=in_step_factors(ranks, profile, repeats, seconds / 12, advance))
     return profile if ranks.rank == 0 else None
 
 

@@ -7,6 +7,7 @@ times as long in steps as alone, PowerSGD's 0.6 to 1.4 times.
 
 # Annotations are evaluated in this file: DDP compares those of a hook with the classes themselves.
 import gc
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,8 +74,8 @@ _RIVALS = {
     "topk": ("top-k", "density"),
 }
 """Name and option of those that are behind `make_rival`."""
-_WARM_UP = 3
-"""Steps before those that `Ranks.time` does not count: PowerSGD begins with two plain ones, DDP parts its buckets anew
+_BATCHES, _WARM_UP = 8, 3
+"""Different batches in turn; and steps before those that `Ranks.time` does not count: PowerSGD begins with two plain ones, DDP parts its buckets anew
 after the first, and until memory lies where the next step finds it, more go by."""
 
 
@@ -177,12 +178,15 @@ def _training(net: _Net, scheme: Scheme | None, ranks: Ranks) -> Iterator[Callab
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = net.make().to(ranks.device)
-        torch.manual_seed(1 + ranks.rank)  # votes are to differ as they do in training
-        inputs, wanted = torch.randn(2, net.batch, net.width).to(ranks.device)
+        # As in training, gradients differ from rank to rank and from step to step: votes on one gradient again and
+        # again took planes two thirds of the time.
+        torch.manual_seed(1 + ranks.rank)
+        batches = itertools.cycle(torch.randn(_BATCHES, 2, net.batch, net.width).to(ranks.device))
     model = DistributedDataParallel(made, bucket_cap_mb=_bucket_mb(scheme), init_sync=False)
     optimizer, close = _attach(model, scheme, ranks)
 
     def step() -> None:
+        inputs, wanted = next(batches)
         model.zero_grad()
         nn.functional.mse_loss(model(inputs), wanted).backward()  # type: ignore[no-untyped-call]
         if optimizer is not None:
