@@ -75,8 +75,8 @@ _RIVALS = {
 }
 """Name and option of those that are behind `make_rival`."""
 _BATCHES, _WARM_UP = 8, 3
-"""Different batches in turn; and steps before those that `Ranks.time` does not count: PowerSGD begins with two plain ones, DDP parts its buckets anew
-after the first, and until memory lies where the next step finds it, more go by."""
+"""Different batches, in turn; and steps before those that `Ranks.time` does not count: PowerSGD begins with two plain
+ones, DDP parts its buckets anew after the first, and until memory lies where the next step finds it, more go by."""
 
 
 def num_steps_timed(ranks: Ranks) -> int:
