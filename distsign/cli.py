@@ -122,7 +122,9 @@ def _simulate(options: argparse.Namespace) -> int:
 
 def _require_place(path: Path) -> None:
     if str(path) == "-":
-        raise ValueError("cannot write to -: the table is on standard output already; name a file")
+        raise ValueError(
+            "cannot write to -, which is no file: name one; what is printed goes to standard output by itself"
+        )
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():
@@ -175,7 +177,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link", type=_quantity(parse_bandwidth), help=nominal)
     parser.add_argument("--per-machine", type=int, help="ranks that share a machine's cores (LOCAL_WORLD_SIZE)")
     parser.add_argument(
-        "--seconds", type=float, default=10.0, help="about how long collectives may take, beside kernels (10)"
+        "--seconds", type=float, default=10.0, help="about how long collectives may take, beside kernels and steps (10)"
     )
     parser.set_defaults(run=_calibrate)
 

@@ -206,12 +206,13 @@ class Link:
         if self.group is None:
             return lambda: source.reshape(-1)
         target = source.new_empty(sum(receive))
-        with self._watch(what):
+        began = time.monotonic()
+        with self._watch(what, began):
             works = begin_all_to_all(target, source, receive, send, self.group)
         self._count(source, sum(send) - send[self.rank], sum(receive) - receive[self.rank])
 
         def arrived() -> Tensor:
-            with self._watch(what):
+            with self._watch(what, began):
                 for work in works:
                     work.wait()
             return target
@@ -228,7 +229,11 @@ class Link:
         return self.all_to_all(rows, [source.numel()] * self.world_size, list(receive), what)
 
     def begin_share(self, source: Tensor, receive: Sequence[int], what: str = "an exchange") -> Callable[[], Tensor]:
-        """Begin `share`; what is returned waits for it, and returns what it would have."""
+        """Begin `share`. What is returned must be called: it waits, and returns what `share` does.
+
+        Raises:
+            LinkError: see `all_to_all`; also from what is returned.
+        """
         rows = source.expand(self.world_size, -1)
         return self._begin(rows, [source.numel()] * self.world_size, list(receive), what)
 
@@ -266,8 +271,8 @@ class Link:
         self.received_bytes += received * source.itemsize
 
     @contextlib.contextmanager
-    def _watch(self, what: str) -> Iterator[None]:
-        began = time.monotonic()
+    def _watch(self, what: str, began: float | None = None) -> Iterator[None]:
+        began = time.monotonic() if began is None else began
         try:
             yield
         except RuntimeError as error:

@@ -303,7 +303,8 @@ class VoteExchange:
     def tell(self) -> None:
         """Send word to all ranks of what this one has seen in the step, whose last payloads it has just read.
 
-        It travels while verdicts are written; `agree` waits for that of the others.
+        On the CPU it travels while verdicts are written; `agree` waits for that of the others. A rank that fails in
+        between, out of memory say, fails alone: the others end this step, and learn of it in the next.
         """
         damage, self._damage = self._damage, torch.zeros_like(self._damage)
         word = [damage.view(1).view(torch.uint8)] * self._checksum
@@ -331,8 +332,10 @@ class VoteExchange:
                 it. On CUDA, where this would wait, `raise_if_mismatched` says so later.
         """
         seen, damage = self.admission.seen, torch.zeros_like(self._damage)
-        if self._word is not None:
-            of_voters, self._word = self._word().view(self.num_voters, -1), None
+        word, self._word = self._word, None
+        assert (word is None) == (not self._checksum and not self._tells_poison), "agree comes after tell"
+        if word is not None:
+            of_voters = word().view(self.num_voters, -1)
             split = damage.itemsize * self._checksum
             told = of_voters[:, split:].amax(0) if self._tells_poison else of_voters[0, :0]
             in_node = torch.cat([of_voters[:, :split].flatten(), told])

@@ -153,12 +153,14 @@ class SignVoteState:
     def require_budget(self) -> None:
         """Hold `bits_per_param` to the parameters that `track` has seen, all of the model: now, not in the first step.
 
+        Without a budget there is nothing to hold.
+
         Raises:
-            ValueError: if the budget is too small or too large for them, or `exclude` names one that is not there.
+            ValueError: if the budget is too small or too large for them, `exclude` names one that is not there, or
+                ranks do not divide into nodes.
         """
         if self._options.bits_per_param is not None:
-            num_voters = world_size_of(self.process_group) // self._options.ranks_per_node
-            self._pipeline.density_of_budget(num_voters)
+            self._pipeline.density_of_budget(self._num_nodes())
 
     def lr_scale(self, parameter: Tensor) -> float | Tensor:
         """Return the factor on this step's learning rate for a parameter, alike on all ranks.
@@ -320,13 +322,17 @@ class SignVoteState:
             )
         self._pipeline.start(exchange)
 
-    def _new_exchange(self) -> VoteExchange:
+    def _num_nodes(self) -> int:
         num_ranks, per_node = world_size_of(self.process_group), self._options.ranks_per_node
         if num_ranks % per_node:
             raise ValueError(
                 f"ranks_per_node={per_node} does not divide the {num_ranks} ranks: nodes must be of one size"
             )
-        checksum = self._options.checksum
+        return num_ranks // per_node
+
+    def _new_exchange(self) -> VoteExchange:
+        self._num_nodes()  # refuses nodes of different sizes before any group is made
+        per_node, checksum = self._options.ranks_per_node, self._options.checksum
         return VoteExchange(Link.twin(self.process_group), self._options.exchange, per_node, checksum=checksum)
 
     def _scale(self, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -377,6 +378,14 @@ def test_factors_of_steps_hold_for_their_scheme_alone() -> None:
     assert bf16_longer.on() == bf16.on()
 
 
+def test_a_hierarchical_vote_that_was_not_trained_takes_the_factors_of_one_without_nodes() -> None:
+    longer = replace(profile(cast_sparse=KernelCost.linear(0.05)), in_step={"sparse": (InStep(1e6, work=2.0),)})
+    cluster = Cluster(4, Link(1e7), workers_per_node=2)
+    found = [step.on().kernel_s for step in steps(["hierarchical:bits=0.1"], cluster, 0.0, longer)]
+    alone = [step.on(in_step=InStep(1e6)).kernel_s for step in steps(["hierarchical:bits=0.1"], cluster, 0.0, longer)]
+    assert found == pytest.approx([2 * each for each in alone])
+
+
 # ------------------------------------------------------------------------------------------------------------ profiles
 
 
@@ -394,6 +403,14 @@ def test_a_profile_comes_back_as_it_was(tmp_path: Path) -> None:
     assert Profile.load(tmp_path / "profile.json") == made
     Profile.ideal().save(tmp_path / "ideal.json")
     assert Profile.load(tmp_path / "ideal.json") == Profile.ideal()
+
+
+def test_a_profile_without_factors_of_steps_is_read(tmp_path: Path) -> None:
+    Profile.ideal().save(tmp_path / "new.json")
+    data = json.loads((tmp_path / "new.json").read_text())
+    del data["in_step"]
+    (tmp_path / "old.json").write_text(json.dumps(data))
+    assert Profile.load(tmp_path / "old.json") == Profile.ideal()
 
 
 def test_profiles_that_are_refused(tmp_path: Path) -> None:

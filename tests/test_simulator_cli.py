@@ -66,7 +66,7 @@ BAD = {
     "workers that are no number": (["--workers", "many"], "invalid int value"),
     "absent profile": (["--profile", "/absent.json"], "cannot read the profile"),
     "no folder": (["--json", "/absent/a.json"], "there is no folder"),
-    "a dash": (["--json", "-"], "cannot write to -: the table is on standard output already"),
+    "a dash": (["--json", "-"], "cannot write to -, which is no file"),
     "both times": (["--compute", "1s", "--throughput", "3"], "give one of them"),
     "throughput without a batch": (["--throughput", "3"], "needs --batch-size"),
     "negative bucket": (["--bucket-mb", "-1"], "must be a number of MiB above zero"),

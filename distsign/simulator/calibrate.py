@@ -160,7 +160,7 @@ def _cores(ranks: Ranks, repeats: int) -> float:
     """Return the cores that the ranks of a machine have together: how much slower they are at once than one alone."""
     if ranks.per_machine == 1:
         return math.inf
-    matrix = torch.randn(256, 256)
+    matrix = torch.full((256, 256), 0.01)
     once = ranks.time(lambda: torch.mm(matrix, matrix), repeats, alone=True).wall_s
     # Long beside a turn on a core: a rank whose turn comes last looks at the clock only then.
     count = max(1, round(_WORK_S / once))

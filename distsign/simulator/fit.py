@@ -17,7 +17,7 @@ import numpy.typing as npt
 from distsign.simulator.probe import Call
 from distsign.simulator.profile import CollectiveCost
 
-__all__ = ["LinkFit", "bandwidth_of", "fit_collectives", "non_negative_fit"]
+__all__ = ["Array", "LinkFit", "bandwidth_of", "fit_collectives", "non_negative_fit"]
 
 _LINK_LIMITED = (0.7, 1.25)
 """Of the nominal bandwidth: below it something else is the limit, and above it the ranks use another link, as ranks of

@@ -92,12 +92,20 @@ class Step:
         """Return what one rank sends and receives in a step as the hook counts it; by formula in all-reduces."""
         return self.plan.bytes_of_rank(rank)
 
+    @property
+    def _measured_as(self) -> str:
+        """The scheme whose factors within steps hold: ranks without nodes have measured no hierarchical vote."""
+        name = self.scheme.name
+        if name == "hierarchical" and name not in self.profile.in_step:
+            return "planes" if self.scheme.options.keys().isdisjoint(("bits", "density")) else "sparse"
+        return name
+
     def on(self, bandwidth_bytes_per_s: float | None = None, *, in_step: InStep | None = None) -> Prediction:
         """Return the prediction, for another bandwidth of the link or other factors than the profile's if given."""
         cluster = self.cluster
         if bandwidth_bytes_per_s is not None:
             cluster = replace(cluster, link=replace(cluster.link, bandwidth_bytes_per_s=bandwidth_bytes_per_s))
-        in_step = in_step or self.profile.in_step_of(self.scheme.name, self.model.num_elements)
+        in_step = in_step or self.profile.in_step_of(self._measured_as, self.model.num_elements)
         return _Timeline(self, cluster, in_step).prediction()
 
 

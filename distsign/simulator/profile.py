@@ -120,8 +120,8 @@ class Profile:
         bandwidth_bytes_per_s: of the link as measured.
         latency_s: likewise.
         efficiency: share of a link's nominal bandwidth that payloads get.
-        in_step: by the name of a scheme, what becomes of its work within steps of models of some sizes, by growing
-            elements; what is not named is as it is alone.
+        in_step: by the name of a scheme, whatever its options, what becomes of its work within steps of models of some
+            sizes, by growing elements; what is not named is as it is alone.
         node_bandwidth_bytes_per_s: between ranks of a node, for each of them; None where that was not measured.
         node_latency_s: likewise.
         facts: where and on what it was measured.

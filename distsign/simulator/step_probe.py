@@ -1,8 +1,8 @@
 """Whole steps of small models on real ranks: how much longer work takes among other work than it took alone.
 
 Between two calls of a kernel a step does everything else: caches are cold, threads of collectives run, and of several
-ranks one is always the last. Alone none of this is seen. On a virtual Xeon of two cores, votes' kernels took 1.1 to 1.9
-times as long in steps as alone, PowerSGD's 0.6 to 1.4 times.
+ranks one is always the last. Alone none of this is seen. On a virtual Xeon of two cores a 0.1-bit vote's work took 0.9
+to 2.3 times as long in steps as alone, PowerSGD's 0.6 to 2.6 times (profiles in `benchmarks/results/simulator`).
 """
 
 # Annotations are evaluated in this file: DDP compares those of a hook with the classes themselves.
@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
@@ -27,6 +26,7 @@ from distsign.hook import SignVoteState, sign_vote_hook
 from distsign.optim import SignAdamPP
 from distsign.rivals import make_rival
 from distsign.simulator.cluster import Cluster, Link
+from distsign.simulator.fit import Array
 from distsign.simulator.models import Model
 from distsign.simulator.predict import Step
 from distsign.simulator.probe import Ranks, Timing
@@ -38,9 +38,9 @@ __all__ = ["in_step_factors", "likeliest", "num_steps_timed"]
 _BUCKET_MB, _ONE_BUCKET_MB = 4.0, 1e4
 _WALL_SPREAD, _SPREADS = 0.02, np.array([0.15, 0.15])
 """Standard deviations, in logarithms: of a step's time; of work beside the processor's time, and of the wire."""
-_ROUNDS, _NUDGE, _MOST = 6, 0.05, 1.2
-
-Array = npt.NDArray[np.float64]
+_ROUNDS, _NUDGE = 6, 0.05
+_LEAST_WIRE, _MOST = math.log(0.9), math.log(3)
+"""Bytes hardly pass a link faster in steps than alone; and no factor is beyond this one, in logarithms."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def in_step_factors(
         for text in _schemes(ranks):
             scheme = Scheme.parse(text)
             predicted = _step(model, scheme, ranks, profile, alone.wall_s)
-            if net is _NETS[0] or ranks.agreed(predicted.on().step_s) <= longest_s:
+            if predicted is None:
+                pass  # on many ranks a small model is too small for a budget
+            elif net is _NETS[0] or ranks.agreed(predicted.on().step_s) <= longest_s:
                 whole = _timed(net, scheme, ranks, repeats)
                 factors = likeliest(predicted, whole.wall_s, whole.cpu_s - alone.cpu_s)
                 found.setdefault(scheme.name, []).append(factors)
@@ -142,7 +144,10 @@ def likeliest(step: Step, whole_s: float, work_s: float) -> InStep:
         slopes = np.array([(here - gap(off + nudge)) / _NUDGE for nudge in _NUDGE * np.eye(2)])
         # Of all that explain the gap, the nearest to where we began, each by its own measure.
         gain = _SPREADS**2 * slopes / (_WALL_SPREAD**2 + float(_SPREADS**2 @ slopes**2))
-        off = np.clip(gain * (here + slopes @ off), -_MOST, _MOST)
+        wire = float(np.clip(gain[1] * (here + slopes @ off), _LEAST_WIRE, _MOST))
+        rest = here + slopes[0] * off[0] + slopes[1] * (off[1] - wire)  # what is left to work
+        work = _SPREADS[0] ** 2 * slopes[0] * rest / (_WALL_SPREAD**2 + (_SPREADS[0] * slopes[0]) ** 2)
+        off = np.array([np.clip(work, -_MOST, _MOST), wire])
     return longer(off)
 
 
@@ -151,12 +156,16 @@ def _schemes(ranks: Ranks) -> tuple[str, ...]:
     return (*_SCHEMES, "hierarchical:bits=0.1") if several else _SCHEMES
 
 
-def _step(model: Model, scheme: Scheme, ranks: Ranks, profile: Profile, compute_s: float) -> Step:
+def _step(model: Model, scheme: Scheme, ranks: Ranks, profile: Profile, compute_s: float) -> Step | None:
+    """Return the step as it is predicted; None where the scheme is not possible, which all ranks find alike."""
     assert profile.bandwidth_bytes_per_s is not None
     link = Link(profile.bandwidth_bytes_per_s / profile.efficiency, profile.latency_s)
     inner = Link(profile.node_bandwidth_bytes_per_s or math.inf, profile.node_latency_s)
     cluster = Cluster(ranks.world_size, link, ranks.per_node, inner, ranks.per_machine)
-    return Step(model, cluster, scheme, compute_s=compute_s, profile=profile, bucket_mb=_bucket_mb(scheme))
+    try:
+        return Step(model, cluster, scheme, compute_s=compute_s, profile=profile, bucket_mb=_bucket_mb(scheme))
+    except ValueError:
+        return None
 
 
 def _bucket_mb(scheme: Scheme | None) -> float:
@@ -192,8 +201,10 @@ def _training(net: _Net, scheme: Scheme | None, ranks: Ranks) -> Iterator[Callab
         if optimizer is not None:
             optimizer.step()
 
-    yield step
-    close()
+    try:
+        yield step
+    finally:
+        close()
 
 
 def _attach(

@@ -47,6 +47,9 @@ def test_counted_bytes_of_rivals_are_those_predicted(
 
 
 def test_calibrate_on_ranks(rank_pool: Pools) -> None:
-    found = rank_pool(3).run(jobs.calibrated, deadline_s=60)[0]
-    assert 0 < found["cores"] <= 3
+    found = rank_pool(4).run(jobs.calibrated, deadline_s=150)[0]
+    assert 0 < found["cores"] <= 4
     assert found["bandwidth"] > 0
+    assert set(found["in_step"]) == {"fp32", "bf16", "fp16", "powersgd", "topk", "planes", "sparse", "hierarchical"}
+    for points in found["in_step"].values():
+        assert all(0.01 < point["work"] < 100 and 0.89 < point["wire"] < 3.1 for point in points)
