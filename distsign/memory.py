@@ -4,9 +4,9 @@ Every backward takes tens of megabytes for gradients and gives them back. The C 
 on to the kernel, and asks for it again in the next step: page by page, zeroed. Whether it does depends on where blocks
 happen to lie, on their size, and on the thread that asks, so of ranks that do the same some pay and some do not.
 Measured on a step of 4 ranks with 12.6 M parameters (Intel Xeon, 2 cores, glibc 2.36): up to 10,000 page faults and 40
-ms of processor time a rank; with the main thread's blocks below 32 MiB kept, steps of a vote took 220 ms instead of 249,
-and those of plain SGD without exchange 108 instead of 120. With all kept, top-k, whose thread takes 8 MB for a choice
-among 1 M components, took 186 ms on 2 ranks instead of 231.
+ms of processor time a rank. With the main thread's blocks below 32 MiB kept, steps of a vote took 220 ms instead of
+249, and those of plain SGD without exchange 108 instead of 120. With all kept, top-k, whose thread takes 8 MB for a
+choice among 1 M components, took 186 ms on 2 ranks instead of 231.
 """
 
 from __future__ import annotations
