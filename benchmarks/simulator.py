@@ -1,10 +1,11 @@
 """How near do predicted steps come to measured ones, and is the scheme that is predicted to be the fastest the fastest?
 
-In the lab, `calibrate` times collectives and kernels alone, at 300 Mbit/s and at 4 Gbit/s, on 2, 4 and 8 ranks that
-share this machine's cores. Everything else is held out: no training step, no model, no other rate is seen by it. Whole
-steps of each scheme are then predicted and measured, on links of 50 Mbit/s to 10 Gbit/s, on 2 to 8 ranks. A setting
-takes the profile of the nearer of the two rates (in logarithms), and of as many ranks or the next larger number. Of
-each model the simulator gets its shapes and the time of forward and backward without exchange, measured beside.
+In the lab, `calibrate` times collectives and kernels alone, and steps of three models of its own (linear layers and
+GELU), at 300 Mbit/s and at 4 Gbit/s, on 2, 4 and 8 ranks that share this machine's cores. Everything else is held
+out: no model and no rate of the settings below is seen by it. Whole steps of each scheme are then predicted and
+measured, on links of 50 Mbit/s to 10 Gbit/s, on 2 to 8 ranks. A setting takes the profile of the nearer of the two
+rates (in logarithms), and of as many ranks or the next larger number. Of each model the simulator gets its shapes and
+the time of forward and backward without exchange, measured beside.
 `python -m benchmarks.simulator` (root, for the lab)
 
 Results are kept as they come in `OUT/simulator-measured.jsonl`; what is there is not measured again, so that a run may

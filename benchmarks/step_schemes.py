@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from distsign.rivals.all_reduce import AllReduce
+from distsign.simulator.step_probe import no_exchange
 from launch.hooks import Combiner, RivalCombiner, SignVote, bucket_cap_mb, register_hook
 from launch.models import ByteGPT, LeNet
 from launch.options import parse_options
@@ -141,7 +141,7 @@ class Trainer:
         self.model = DistributedDataParallel(net, bucket_cap_mb=bucket_mb, init_sync=False)
         self.combiner: Combiner
         if not scheme.communicates:
-            self.model.register_comm_hook(None, _no_op_hook)
+            self.model.register_comm_hook(None, no_exchange)
             self.combiner = RivalCombiner(AllReduce(), 0)
         else:
             self.combiner = register_hook(self.model, options)
@@ -173,14 +173,6 @@ class Trainer:
     def _all_bytes(self) -> float:
         traffic = self.combiner.traffic(self.num_steps)
         return traffic.sent_bytes + traffic.received_bytes
-
-
-def _no_op_hook(state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """Leave each rank its own gradient: what a step takes where links are endless and codecs free."""
-    del state
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
 
 
 def settings_of(num_layers: int, width: int, batch_size: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from distsign.simulator.probe import Ranks, Timing
 from distsign.simulator.profile import InStep, Profile
 from distsign.simulator.schemes import Scheme
 
-__all__ = ["in_step_factors", "likeliest", "num_steps_timed"]
+__all__ = ["in_step_factors", "likeliest", "no_exchange", "num_steps_timed"]
 
 _BUCKET_MB, _ONE_BUCKET_MB = 4.0, 1e4
 _WALL_SPREAD, _SPREADS = 0.02, np.array([0.15, 0.15])
@@ -142,11 +142,11 @@ def likeliest(step: Step, whole_s: float, work_s: float) -> InStep:
     for _ in range(_ROUNDS):
         here = gap(off)
         slopes = np.array([(here - gap(off + nudge)) / _NUDGE for nudge in _NUDGE * np.eye(2)])
-        # Of all that explain the gap, the nearest to where we began, each by its own measure.
-        gain = _SPREADS**2 * slopes / (_WALL_SPREAD**2 + float(_SPREADS**2 @ slopes**2))
-        wire = float(np.clip(gain[1] * (here + slopes @ off), _LEAST_WIRE, _MOST))
-        rest = here + slopes[0] * off[0] + slopes[1] * (off[1] - wire)  # what is left to work
-        work = _SPREADS[0] ** 2 * slopes[0] * rest / (_WALL_SPREAD**2 + (_SPREADS[0] * slopes[0]) ** 2)
+        # Of all that explain the gap, the nearest to where we began, each by its own measure; what the wire's bounds
+        # leave is work's.
+        whole, reach = here + slopes @ off, _SPREADS**2 * slopes
+        wire = float(np.clip(reach[1] * whole / (_WALL_SPREAD**2 + reach @ slopes), _LEAST_WIRE, _MOST))
+        work = reach[0] * (whole - slopes[1] * wire) / (_WALL_SPREAD**2 + reach[0] * slopes[0])
         off = np.array([np.clip(work, -_MOST, _MOST), wire])
     return longer(off)
 
@@ -188,7 +188,7 @@ def _training(net: _Net, scheme: Scheme | None, ranks: Ranks) -> Iterator[Callab
         torch.manual_seed(0)
         made = net.make().to(ranks.device)
         # As in training, gradients differ from rank to rank and from step to step: votes on one gradient again and
-        # again took planes two thirds of the time.
+        # again took planes three quarters of the time.
         torch.manual_seed(1 + ranks.rank)
         batches = itertools.cycle(torch.randn(_BATCHES, 2, net.batch, net.width).to(ranks.device))
     model = DistributedDataParallel(made, bucket_cap_mb=_bucket_mb(scheme), init_sync=False)
@@ -212,7 +212,7 @@ def _attach(
 ) -> tuple[Optimizer | None, Callable[[], object]]:
     """Register a scheme's hook; return the optimizer, and what gives back what the hook holds."""
     if scheme is None:
-        model.register_comm_hook(None, _no_exchange)
+        model.register_comm_hook(None, no_exchange)
         return None, lambda: None
     if scheme.name in _RIVALS:
         name, option = _RIVALS[scheme.name]
@@ -231,8 +231,8 @@ def _attach(
     return SignAdamPP(model.named_parameters(), lr=1e-6, momentum=0.0, vote_state=state), state.close
 
 
-def _no_exchange(state: object, bucket: GradBucket) -> Future[Tensor]:
-    """Leave each rank its own gradient."""
+def no_exchange(state: object, bucket: GradBucket) -> Future[Tensor]:
+    """Leave each rank its own gradient: what a step takes where links are endless and codecs free; a hook of DDP's."""
     del state
     future: Future[Tensor] = Future()
     future.set_result(bucket.buffer())
