@@ -245,8 +245,7 @@ def predict(setting: Setting, results: Results, name: str, compute_s: float, *, 
     if cores is not None:
         profile = replace(profile, cores=cores)
     link = Link(parse_bandwidth(setting.rate), profile.latency_s)
-    inner = Link(profile.node_bandwidth_bytes_per_s or math.inf, profile.node_latency_s)
-    cluster = Cluster(setting.num_ranks, link, setting.ranks_per_node, inner, workers_per_machine=setting.num_ranks)
+    cluster = Cluster(setting.num_ranks, link, setting.ranks_per_node, profile.node_link, setting.num_ranks)
     bucket_mb = 1e4 if name.startswith(POWER_SGD) else BUCKET_MB
     model = Model.of(WORKLOADS[setting.workload]().make(), setting.workload)
     chosen = Scheme.parse(_schemes_of(setting)[name])

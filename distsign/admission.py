@@ -160,9 +160,11 @@ class Admission:
         """Return what a resumed run needs."""
         return {"left_out": self.left_out.int().tolist(), "run": self._run.tolist()}
 
-    def load_state_dict(self, state: Mapping[str, list[int]]) -> None:
-        """Go on from `state_dict()` of as many workers; where their number has changed, all begin anew."""
-        if len(state["run"]) == self._run.numel():
-            self.left_out = torch.tensor(state["left_out"], dtype=torch.bool, device=self.left_out.device)
-            self._run = torch.tensor(state["run"], dtype=torch.int64, device=self._run.device)
-            self._told = list(self.numbers())
+    def load_state_dict(self, state: Mapping[str, list[int]] | None) -> None:
+        """Go on from `state_dict()` of as many workers; of another number of them, or of None, all begin anew."""
+        anew = [0] * self._run.numel()
+        if state is None or len(state["run"]) != len(anew):
+            state = {"left_out": anew, "run": anew}
+        self.left_out = torch.tensor(state["left_out"], dtype=torch.bool, device=self.left_out.device)
+        self._run = torch.tensor(state["run"], dtype=torch.int64, device=self._run.device)
+        self._news, self._told = None, list(self.numbers())

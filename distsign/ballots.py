@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -133,7 +134,13 @@ def cast_with_carry(
 
 
 def _moments(confidence: Confidence, flat: Tensor) -> Tensor | None:
-    return kernels_for(flat.device).moments(flat, Spans.whole([flat.numel()])) if confidence.uses_moments else None
+    return kernels_for(flat.device).moments(flat, _whole(flat.numel())) if confidence.uses_moments else None
+
+
+@lru_cache(maxsize=4096)
+def _whole(num_elements: int) -> Spans:
+    """Return the span of a parameter by itself; kept, because kernels keep what they know of it on a device."""
+    return Spans.whole([num_elements])
 
 
 def _density(votes: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from distsign.checkpoint_files import (
     verify_or_offer,
     write_digests,
 )
-from distsign.collectives import gather_values, world_size_of
+from distsign.collectives import gather_values, rank_in, world_size_of
 from distsign.hook import SignVoteState
 from distsign.resharding import reshard
 
@@ -74,7 +74,7 @@ def save(
     folder = Path(checkpoint_id)
     if any(gather_values((folder / DIGESTS).exists(), process_group)):
         raise ValueError(f"{folder} holds a checkpoint already: give each checkpoint a folder of its own")
-    rank = _rank(process_group)
+    rank = rank_in(process_group)
     content = {
         key: {entry_of(rank): _packed(value.state_dict())} if isinstance(value, SignVoteState) else value
         for key, value in state_dict.items()
@@ -112,7 +112,7 @@ def load(
             in `state_dict` was not saved. Names the file, the reason, and the newest whole checkpoint beside it.
         ValueError: if what was saved does not fit, as each `load_state_dict` says it.
     """
-    folder, rank, world_size = Path(checkpoint_id), _rank(process_group), world_size_of(process_group)
+    folder, rank, world_size = Path(checkpoint_id), rank_in(process_group), world_size_of(process_group)
     _alike(lambda: verify_or_offer(folder, rank, world_size), process_group)
     votes = {key for key, value in state_dict.items() if isinstance(value, SignVoteState)}
     planner = Planner(set(state_dict), votes, rank, world_size)
@@ -173,10 +173,6 @@ def _with_numbers(state: dict[str, Any]) -> dict[str, Any]:
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _rank(group: dist.ProcessGroup | None) -> int:
-    return dist.get_rank(group) if _is_distributed() else 0
 
 
 def _alike(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, or 2 for bad input, which one line on stderr names."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
         return int(options.run(options))
     except ValueError as error:
@@ -36,6 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Join `--link -1gbit`, which argparse takes for two options, so that the bandwidth is refused and not the word."""
+    found: list[str] = []
+    for word in argv:
+        if re.match(r"-\.?\d", word) and found and found[-1].startswith("--") and "=" not in found[-1]:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,18 +152,17 @@ def _possible(step: Callable[[Scheme], Step], schemes: Iterable[Scheme]) -> Iter
 
 
 def _cluster(options: argparse.Namespace, profile: Profile) -> Cluster:
-    bandwidth = options.link or profile.bandwidth_bytes_per_s
-    if bandwidth is None:
+    if not options.link and profile.link is None:
         raise ValueError("the link's bandwidth is not known: give --link, such as --link 1gbit, or a --profile")
-    if not options.link:
-        bandwidth /= profile.efficiency  # measured as payload, and will be multiplied by it again
-    latency = profile.latency_s if options.latency is None else options.latency
-    node_latency = profile.node_latency_s if options.node_latency is None else options.node_latency
+
+    def link(measured: Link, bandwidth: float | None, latency: float | None) -> Link:
+        return Link(bandwidth or measured.bandwidth_bytes_per_s, measured.latency_s if latency is None else latency)
+
     return Cluster(
         options.workers,
-        Link(bandwidth, latency),
+        link(profile.link or Link(options.link, profile.latency_s), options.link, options.latency),
         options.per_node,
-        Link(options.node_link or profile.node_bandwidth_bytes_per_s or math.inf, node_latency),
+        link(profile.node_link, options.node_link, options.node_latency),
         options.per_machine,
     )
 

@@ -27,6 +27,7 @@ __all__ = [
     "all_to_all",
     "begin_all_to_all",
     "gather_values",
+    "rank_in",
     "ranks_of",
     "world_size_of",
 ]
@@ -76,6 +77,17 @@ def begin_all_to_all(
     return works
 
 
+def _wire_device(group: dist.ProcessGroup | None) -> torch.device | None:
+    """Return the only device whose tensors a group carries; None for Gloo, which carries those of any.
+
+    NCCL carries none of the CPU, where Adam keeps its step.
+    """
+    if dist.get_backend(group) != "nccl":
+        return None
+    bound = (group or dist.group.WORLD).bound_device_id  # type: ignore[union-attr]
+    return bound or torch.device("cuda", torch.cuda.current_device())
+
+
 def all_gather_into(target: Tensor, source: Tensor, group: dist.ProcessGroup | None) -> None:
     """Write `source` of all ranks of the group into `target`, one after the other. Blocks."""
     # torch 2.13 calls it all_gather_single and warns about the name that 2.11 has.
@@ -87,8 +99,7 @@ def all_gather(source: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Return `source` of all ranks of the group, one row each: `[world_size, n]`, on the device of `source`. Blocks."""
     if world_size_of(group) == 1:
         return source.unsqueeze(0)
-    # NCCL carries no tensors of the CPU.
-    on_wire = source.cuda() if dist.get_backend(group) == "nccl" else source
+    on_wire = source if source.device.type != "cpu" else source.to(_wire_device(group) or source.device)
     target = on_wire.new_empty(dist.get_world_size(group), source.numel())
     all_gather_into(target.view(-1), on_wire, group)
     return target.to(source.device)
@@ -113,6 +124,11 @@ def ranks_of(group: dist.ProcessGroup | None) -> list[int]:
 def world_size_of(group: dist.ProcessGroup | None) -> int:
     """Return the number of ranks in a group, None being the default one; 1 where no process group was initialised."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank_in(group: dist.ProcessGroup | None) -> int:
+    """Return this rank's number in a group, None being the default one; 0 where no process group was initialised."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
 class LinkError(RuntimeError):
@@ -301,8 +317,7 @@ class Link:
         sender = dist.get_global_rank(self.group, source)
         dist.broadcast_object_list(box, sender, group=self.group)
         nest, kinds = box[0]
-        # NCCL carries no tensors of the CPU, where Adam keeps its step.
-        on_wire = "cuda" if dist.get_backend(self.group) == "nccl" else None
+        on_wire = _wire_device(self.group)
         arrived = []
         for index, (shape, dtype, device) in enumerate(kinds):
             wire_device = on_wire or device
@@ -311,7 +326,7 @@ class Link:
             else:
                 tensor = torch.empty(shape, dtype=dtype, device=wire_device)
             dist.broadcast(tensor, sender, group=self.group)
-            arrived.append(tensor.to(device))
+            arrived.append(tensor if tensor.device.type == device else tensor.to(device))
         return value if self.rank == source else put_tensors(nest, arrived)
 
 
@@ -322,17 +337,34 @@ def _group_of(parent: dist.ProcessGroup, parts: list[list[int]]) -> dist.Process
     for ranks in parts:
         if dist.get_rank() in ranks or not local:
             try:
-                group = dist.new_group(
-                    ranks,
-                    timeout=_timeout_of(parent),
-                    backend=dist.get_backend(parent),
-                    use_local_synchronization=local,
-                )
+                with _unbound() if local else contextlib.nullcontext():
+                    group = dist.new_group(
+                        ranks,
+                        timeout=_timeout_of(parent),
+                        backend=dist.get_backend(parent),
+                        use_local_synchronization=local,
+                    )
             except RuntimeError as error:
                 raise LinkError(f"ranks {ranks} could not make a process group: {_in_short(error)}") from error
             mine = group if dist.get_rank() in ranks else mine
     assert mine is not None
     return mine
+
+
+@contextlib.contextmanager
+def _unbound() -> Iterator[None]:
+    """Let a new group have a communicator of its own.
+
+    Where the default group is bound to a device (`init_process_group(device_id=...)`) torch would split that of the
+    default group, which all of its ranks have to join; those outside of the new group do not even know of it.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    bound, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
 
 
 def _in_short(error: RuntimeError) -> str:

@@ -14,7 +14,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 
 from distsign.agreement import require_agreement
-from distsign.collectives import Link, world_size_of
+from distsign.collectives import Link, rank_in, world_size_of
 from distsign.confidence import Confidence
 from distsign.exchange import VoteExchange
 from distsign.kernels import kernels_for
@@ -160,7 +160,7 @@ class SignVoteState:
                 ranks do not divide into nodes.
         """
         if self._options.bits_per_param is not None:
-            self._pipeline.density_of_budget(self._num_nodes())
+            self._settle()
 
     def lr_scale(self, parameter: Tensor) -> float | Tensor:
         """Return the factor on this step's learning rate for a parameter, alike on all ranks.
@@ -187,8 +187,7 @@ class SignVoteState:
         self._pipeline.raise_if_broken()
         if self._pipeline.exchange is not None:
             self._pipeline.exchange.raise_if_mismatched()
-        admission = self._pipeline.admission
-        left_out = () if admission is None else admission.numbers()
+        left_out = self._pipeline.memory.admission.numbers()
         return self._counts.traffic(self._counted(), world_size_of(self.process_group), left_out)
 
     def _counted(self) -> ExchangeBytes:
@@ -207,7 +206,7 @@ class SignVoteState:
             "confidence": repr(self._options.confidence),
             "counts": self._counts.state_dict(),
             "traffic": asdict(self._counted()),
-            **self._pipeline.state_dict(self._registry.names()),
+            **self._pipeline.memory.state_dict(self._registry.names()),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -234,8 +233,8 @@ class SignVoteState:
                 f"the checkpoint was written with {state_dict['confidence']}, whose statistics mean nothing to "
                 f"{self._options.confidence!r}: use the confidence function that the checkpoint was written with"
             )
-        num_voters = world_size_of(self.process_group) // self._options.ranks_per_node
-        self._pipeline.load_state_dict(state_dict, names, num_voters)
+        self._settle()
+        self._pipeline.load_state_dict(state_dict, names)
         self._counts.load_state_dict(state_dict["counts"])
         self._counted_before = ExchangeBytes(**state_dict["traffic"])
         if self._pipeline.exchange is not None:
@@ -297,7 +296,9 @@ class SignVoteState:
             )
 
     def _start(self, bucket: GradBucket) -> None:
-        kernels_for(bucket.buffer().device)  # compiles the first time: before others wait for this rank under a timeout
+        # On the CPU this compiles the first time: before others wait for this rank under a timeout. Triton compiles in
+        # the first steps.
+        kernels_for(bucket.buffer().device)
         tracked = self._registry.is_named
         rows = [self._registry.see(parameter) for parameter in bucket.parameters()]
         exchange = self._pipeline.exchange or self._new_exchange()
@@ -322,6 +323,10 @@ class SignVoteState:
             )
         self._pipeline.start(exchange)
 
+    def _settle(self) -> None:
+        """Let the pipeline know this rank's place among all, before ranks have met."""
+        self._pipeline.settle(self._num_nodes(), rank_in(self.process_group) % self._options.ranks_per_node)
+
     def _num_nodes(self) -> int:
         num_ranks, per_node = world_size_of(self.process_group), self._options.ranks_per_node
         if num_ranks % per_node:
@@ -331,9 +336,15 @@ class SignVoteState:
         return num_ranks // per_node
 
     def _new_exchange(self) -> VoteExchange:
-        self._num_nodes()  # refuses nodes of different sizes before any group is made
-        per_node, checksum = self._options.ranks_per_node, self._options.checksum
-        return VoteExchange(Link.twin(self.process_group), self._options.exchange, per_node, checksum=checksum)
+        memory = self._pipeline.memory
+        memory.meet(self._num_nodes())  # refuses nodes of different sizes before any group is made
+        return VoteExchange(
+            Link.twin(self.process_group),
+            self._options.exchange,
+            self._options.ranks_per_node,
+            checksum=self._options.checksum,
+            admission=memory.admission,
+        )
 
     def _scale(self, device: torch.device) -> Tensor:
         scale = self.loss_scale
@@ -342,7 +353,9 @@ class SignVoteState:
         elif not isinstance(scale, (int, float, Tensor)):
             on_device = getattr(scale, "_scale", None)  # get_scale() would wait for the device
             scale = on_device if isinstance(on_device, Tensor) else scale.get_scale()
-        return torch.as_tensor(scale, dtype=torch.float64, device=device).reshape(())
+        if isinstance(scale, Tensor):
+            return scale.to(device, torch.float64).reshape(())
+        return torch.full((), float(scale), dtype=torch.float64, device=device)  # uploading would wait for the device
 
 
 def sign_vote_hook(state: SignVoteState, bucket: GradBucket) -> Future[Tensor]:

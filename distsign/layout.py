@@ -7,7 +7,7 @@ of undecided votes must survive that (DESIGN.md, rules of the vote).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -159,18 +159,33 @@ class Layout:
         """Constants on devices, by names that their users choose: sizes change every step, and these must not."""
         return {}
 
+    def table(
+        self, name: tuple[object, ...], make: Callable[[], Sequence[int] | IntArray], device: torch.device
+    ) -> Tensor:
+        """Return a constant on a device, int64, made at the first call: afterwards nothing is uploaded or waited for.
+
+        Args:
+            name: under which it is kept.
+            make: returns the numbers.
+            device: where it is wanted.
+        """
+        key = (*name, device)
+        if key not in self.tables:
+            self.tables[key] = torch.as_tensor(np.asarray(make(), dtype=np.int64)).to(device)
+        return self.tables[key]
+
     def census_places(self, device: torch.device) -> Tensor:
         """Return the bit of each piece in the census of all owners, each padded to bytes; int64 `[num_pieces]`."""
-        key = ("census", device)
-        if key not in self.tables:
-            owners = np.concatenate(self.owners)
-            order = np.argsort(owners, kind="stable")
-            counts, num_bytes = np.bincount(owners, minlength=len(self.sizes)), np.asarray(self.census_bytes)
-            first_piece, first_bit = np.cumsum(counts) - counts, 8 * (np.cumsum(num_bytes) - num_bytes)
-            found = np.empty_like(owners)
-            found[order] = (first_bit - first_piece)[owners[order]] + np.arange(owners.size)
-            self.tables[key] = torch.from_numpy(found).to(device)
-        return self.tables[key]
+        return self.table(("census",), self._census_places, device)
+
+    def _census_places(self) -> IntArray:
+        owners = np.concatenate(self.owners)
+        order = np.argsort(owners, kind="stable")
+        counts, num_bytes = np.bincount(owners, minlength=len(self.sizes)), np.asarray(self.census_bytes)
+        first_piece, first_bit = np.cumsum(counts) - counts, 8 * (np.cumsum(num_bytes) - num_bytes)
+        found = np.empty_like(owners)
+        found[order] = (first_bit - first_piece)[owners[order]] + np.arange(owners.size)
+        return found
 
     @cached_property
     def census_bytes(self) -> tuple[int, ...]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distsign.kernels import Kernels, Spans
+from distsign.kernels.chunks import upload
 from distsign.layout import IntArray, Layout
 from distsign.payload import Opened
 
@@ -83,7 +85,7 @@ class Owner(ABC):
             for row, start, length in zip(spans.row.tolist(), spans.home.tolist(), spans.length.tolist(), strict=True)
         ]
         wanted, ok = self._count(ballots, spans, pieces, cut, planes, kernels)
-        return planes, wanted > limits.to(wanted.device), ok
+        return planes, wanted > upload(limits, wanted.device), ok
 
     @abstractmethod
     def _count(
@@ -130,14 +132,18 @@ class PlainCarry(Owner):
     def __init__(self, margin: int, num_voters: int, *, forget: bool = False) -> None:
         super().__init__(margin, num_voters, forget=forget)
         self._homes: dict[Piece, int] = {}
+        # Kept, because what kernels know of them on a device is kept with them.
+        self._at_home: WeakKeyDictionary[Spans, Spans] = WeakKeyDictionary()
         self._undecided = torch.zeros(2, 0, dtype=torch.int16)
 
     def _count(
         self, ballots: Opened, spans: Spans, pieces: list[Piece], cut: Cut, planes: Tensor, kernels: Kernels
     ) -> tuple[Tensor, Tensor]:
         self._make_room(pieces, planes.device)
-        home = np.asarray([self._homes[piece] for piece in pieces], dtype=np.int64)
-        spans = Spans(spans.start, spans.length, spans.row, spans.mask_at, spans.sign_at, home)
+        if spans not in self._at_home:
+            home = np.asarray([self._homes[piece] for piece in pieces], dtype=np.int64)
+            self._at_home[spans] = replace(spans, home=home)
+        spans = self._at_home[spans]
         kept = self.margin, self._undecided, self._live
         if ballots.code is None:
             rows, at, ok = ballots.planes(kernels)
@@ -162,6 +168,7 @@ class PlainCarry(Owner):
 
     def keep(self, kept: Mapping[Piece, Tensor], device: torch.device) -> None:  # noqa: D102
         self._homes, self._undecided = {}, self._undecided[:, :0]
+        self._at_home.clear()
         self._make_room(list(kept), device)
         for piece, value in kept.items():
             self._undecided[:, self._homes[piece] : self._homes[piece] + piece[2]] = value.to(device)
@@ -187,6 +194,8 @@ class StandingBallots(Owner):
                 self._standing[piece] = torch.zeros(
                     2, self.num_voters, 2, (piece[2] + 7) // 8, dtype=torch.uint8, device=planes.device
                 )
+            # What a checkpoint brings before the first step lies on the CPU.
+            self._standing[piece] = self._standing[piece].to(planes.device)
         rows, at, ok = ballots.planes(kernels)
         kept = [self._standing[piece] for piece in pieces]
         standing = torch.cat([planes.new_zeros(2, self.num_voters, 2, 0), *kept], dim=-1)

@@ -257,7 +257,7 @@ class Form:
             tables[key] = self._headers(device)[0, list(owners)]
         differences = headers ^ tables[key]
         differences[:, POISON_BYTE] &= ~POISON_FLAG & 0xFF
-        return differences.any(1)
+        return (differences != 0).any(1)  # of bytes, `any` is a byte
 
     def open(self, owner: int, payloads: Tensor) -> Opened:
         """Take apart one owner's payloads from several senders; nothing is checked yet.

@@ -19,20 +19,18 @@ from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 
-from distsign.admission import Admission
 from distsign.exchange import Verdicts, VoteExchange
 from distsign.exchange_thread import ExchangeThread
 from distsign.kernels import kernels_for
-from distsign.ladder import DensityLadder
-from distsign.layout import IntArray, Shape
+from distsign.layout import IntArray
 from distsign.options import VoteOptions
-from distsign.owner import Owner, Piece, make_owner
-from distsign.plan import COALESCE_BYTES, Column, Part, Plan, fills_group, part_of
+from distsign.plan import Column, Plan, fills_group
+from distsign.planner import Planner
 from distsign.registry import ParameterRegistry, VoteError
-from distsign.sizes import Density, caps_at, density_for
+from distsign.sizes import Density, caps_at
 from distsign.statistics import VoteCounts
-from distsign.steering import Steering
-from distsign.voter import Voter, rotating_starts
+from distsign.vote_memory import VoteMemory
+from distsign.voter import rotating_starts
 
 __all__ = ["VotePipeline"]
 
@@ -47,36 +45,37 @@ class _Bucket:
 
 
 class VotePipeline:
-    """The memory of one model's votes, and the way of its buckets.
+    """The way of one model's buckets.
 
     Args:
         options: what the user chose.
         registry: the model's parameters.
         counts: statistics, added to.
+
+    Attributes:
+        memory: what one step leaves to the next.
+        exchange: among the ranks; None until they have met.
+        started: whether they agree on the options.
+        num_local_steps: backward passes of this rank.
     """
 
     def __init__(self, options: VoteOptions, registry: ParameterRegistry, counts: VoteCounts) -> None:
         self.options = options
+        self.memory = VoteMemory(options)
         self.exchange: VoteExchange | None = None
         self.started = False
         self.num_local_steps = 0
         self._registry = registry
         self._counts = counts
-        self.voter = Voter(options.confidence, options.carry)
-        self.owner: Owner | None = None
-        self.admission: Admission | None = None
-        self.steering = Steering(options.confidence, budgeted=options.bits_per_param is not None)
-        self.ladder: DensityLadder | None = None
-        self._budgeted: float | None = None
+        self._planner = Planner(options, registry)
         self._thread = ExchangeThread("distsign-exchange")
-        self._plans: dict[object, tuple[bytes, Plan]] = {}  # of each group, with the densities that it is for
-        self._excluded: frozenset[int] = frozenset()
+        self._column = 0
         self._group: list[_Bucket] = []
         self._room: tuple[int, torch.device] | None = None
         self._error: VoteError | None = None
         self._in_backward = False
         self._poisoned = torch.zeros((), dtype=torch.bool)
-        self._unfit = torch.zeros((), dtype=torch.bool)  # whether this rank itself sent poison
+        self._unfit = self._poisoned  # whether this rank itself sent poison
         self._stream: torch.cuda.Stream | None = None
 
     def raise_if_broken(self) -> None:
@@ -86,7 +85,7 @@ class VotePipeline:
 
     def lr_scale(self) -> float | Tensor:
         """Return the factor on the learning rate of the last step."""
-        scale = self.steering.lr_scale
+        scale = self.memory.steering.lr_scale
         return float(scale) if scale.device.type == "cpu" else scale
 
     def close(self) -> None:
@@ -97,56 +96,26 @@ class VotePipeline:
 
     # ----------------------------------------------------------------------------------------------- on DDP's thread
 
-    def start(self, exchange: VoteExchange) -> None:
-        """Begin to vote, before the first bucket; all ranks agree on the options by then."""
-        self.exchange = exchange
-        self.started = True
-        self._excluded = frozenset(self._registry.rows_of(self.options.exclude))
-        if self.owner is None:
-            self.owner = self._new_owner(exchange.num_voters)
-        if self.admission is None:
-            self.admission = self._new_admission(exchange.num_voters)
-        if self.ladder is None:
-            self.ladder = self._new_ladder(exchange.num_voters)
-        exchange.admission = self.admission
-        if self.options.bits_per_param is not None:
-            self._budgeted = min(self.density_of_budget(exchange.num_voters), self.options.max_density or 1.0)
-
-    def density_of_budget(self, num_voters: int) -> float:
-        """Return the density at which payloads of all parameters that are known fill the budget.
+    def settle(self, num_voters: int, column: int) -> None:
+        """Take so many voters, this rank's number in its node, and all parameters known by now into account.
 
         Raises:
-            ValueError: the budget is too small or too large for them, or `exclude` names one that is not known.
+            ValueError: see `Planner.settle`.
         """
-        assert self.options.bits_per_param is not None
-        self._excluded = frozenset(self._registry.rows_of(self.options.exclude))
-        # The first column's share stands for all: they differ by a few components.
-        parts = [part_of(self._part(row), 0, self.options.ranks_per_node) for row in range(len(self._registry))]
-        shapes = [Shape(part.row, part.length) for part in parts if part.voted]
-        return density_for(
-            self.options.bits_per_param, shapes, num_voters, COALESCE_BYTES, checksum=self.options.checksum
-        )
+        self.memory.meet(num_voters)
+        self._planner.settle(num_voters)
+        self._column = column
+
+    def start(self, exchange: VoteExchange) -> None:
+        """Begin to vote, before the first bucket; all ranks agree on the options by then."""
+        self.settle(exchange.num_voters, exchange.local_rank)
+        self.exchange = exchange
+        self.started = True
 
     @property
     def density(self) -> Density:
         """Share of the components that payloads have slots for in this step."""
-        if self.ladder is None:
-            return self._budgeted
-        return np.minimum(self.ladder.densities, self.options.max_density or 1.0)
-
-    def _new_owner(self, num_voters: int) -> Owner:
-        options = self.options
-        return make_owner(options.owner_carry, options.margin, num_voters, forget=options.forgets)
-
-    def _new_ladder(self, num_voters: int) -> DensityLadder | None:
-        if self.options.capped and self.options.bits_per_param is None:
-            return DensityLadder(self.options.ranks_per_node, num_voters, self.options.confidence.silent_steps)
-        return None
-
-    def _new_admission(self, num_voters: int) -> Admission:
-        options = self.options
-        word = "rank" if options.ranks_per_node == 1 else "node"
-        return Admission(num_voters, options.max_density, options.max_poison_streak, word)
+        return self._planner.density(self.memory.ladder)
 
     def on_bucket(self, bucket: GradBucket, scale: Tensor) -> Future[Tensor]:
         """Take a bucket in; its future holds the verdicts.
@@ -159,7 +128,7 @@ class VotePipeline:
         device = gradient.device
         rows = tuple(self._registry.see(parameter) for parameter in bucket.parameters())
         if bucket.index() == 0:
-            self._begin_step()
+            self._begin_step(device)
         self.grow(device)
         future: Future[Tensor] = Future() if device.type == "cpu" else Future(devices=[device])
         if self.options.l2:
@@ -170,19 +139,13 @@ class VotePipeline:
             self._flush(scale, is_last=bucket.is_last())
         return future
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, device: torch.device) -> None:
         # Something is left here only after a step that broke off, and its other half is lost.
         self._thread.wait()
         self._group.clear()
-        self.voter.begin_step()
-        self.steering.begin_step()
-        if self.ladder is not None:
-            self.ladder.begin_step()
-        if self.admission is not None:
-            self.admission.begin_step()
+        self.memory.begin_step()
         self._counts.begin_step()
-        self._poisoned = torch.zeros((), dtype=torch.bool)
-        self._unfit = torch.zeros((), dtype=torch.bool)
+        self._poisoned = self._unfit = torch.zeros((), dtype=torch.bool, device=device)
         # Outside of backward DDP calls the hook with zeros, for a rank that has joined (`Join`, uneven inputs).
         self._in_backward = torch._C._current_graph_task_id() != -1
         if self._in_backward:
@@ -195,24 +158,16 @@ class VotePipeline:
         self._thread.wait()
         self.raise_if_broken()
 
-    def _part(self, row: int) -> Part:
-        return Part(row, self._registry.num_elements(row), voted=row not in self._excluded)
-
     def grow(self, device: torch.device) -> None:
         """Make room for the parameters that DDP has shown by now; after the first step it has shown all."""
         if (len(self._registry), device) == self._room:
             return
         self._room = len(self._registry), device
-        self._thread.wait()  # it may be casting ballots, out of what is about to move
-        column = 0 if self.exchange is None else self.exchange.local_rank
-        lengths = []
-        for row in range(len(self._registry)):
-            part = part_of(self._part(row), column, self.options.ranks_per_node)
-            lengths.append(part.length if part.voted else 0)
-        self.voter.grow(lengths, device)
-        self.steering.grow(len(lengths), device)
-        if self.ladder is not None:
-            self.ladder.grow(len(lengths))
+        # Ballots may just be cast, out of what is about to move.
+        self._thread.wait()
+        if self._stream is not None:
+            torch.cuda.current_stream(device).wait_stream(self._stream)
+        self.memory.grow(self._planner.voted_lengths(self._column), device)
 
     def _add_l2(self, bucket: GradBucket, scale: Tensor) -> None:
         for gradient, parameter in zip(bucket.gradients(), bucket.parameters(), strict=True):
@@ -222,26 +177,8 @@ class VotePipeline:
 
     def plan(self, buckets: tuple[tuple[int, ...], ...], device: torch.device) -> Plan:
         """Return how an exchange group of buckets, each the rows of its parameters in order, is dealt out."""
-        assert self.exchange is not None
-        density = self.density
-        key = np.asarray(density, dtype=np.float64).tobytes()
-        known, plan = self._plans.get(buckets, (key, None))
-        if plan is None:
-            plan = Plan.build(
-                [[self._part(row) for row in rows] for rows in buckets],
-                [self.voter.home(row) for row in range(len(self._registry))],
-                self.options.ranks_per_node,
-                self.exchange.num_voters,
-                density=density,
-                wire=self.options.wire,
-                owner_carry=self.options.owner_carry is not None,
-                device=device,
-                checksum=self.options.checksum,
-            )
-        elif known != key:
-            plan = plan.at(density)
-        self._plans[buckets] = key, plan
-        return plan
+        homes = [self.memory.voter.home(row) for row in range(len(self._registry))]
+        return self._planner.plan(buckets, homes, self.density, device)
 
     def _flush(self, scale: Tensor, *, is_last: bool) -> None:
         """Cast the ballots of the buckets that have gathered, and send them on their way."""
@@ -268,14 +205,14 @@ class VotePipeline:
         device = raw.device
         kernels = kernels_for(device)
         planes = torch.empty(column.layout.buffer_bytes, dtype=torch.uint8, device=device)
-        cast = self.voter.cast(
+        cast = self.memory.voter.cast(
             grads,
             column.layout,
             column.rows,
             scale=scale,
             kernels=kernels,
             out=planes,
-            factors=self.steering.of(column.rows),
+            factors=self.memory.steering.of(column.rows),
             caps=self._caps(column),
             starts=rotating_starts(column.layout, self._counts.num_steps),
             forget=self.options.forgets,
@@ -283,7 +220,7 @@ class VotePipeline:
         )
         self._counts.ballots(column.layout.num_elements, cast.num_ballots)
         poison = ~(cast.finite & raw.isfinite().all())
-        self._unfit = self._unfit.to(device) | poison
+        self._unfit = self._unfit | poison
         crowded = None if column.ballots.caps is None else cast.crowded
         return column.ballots.seal(planes, crowded, raw, poison, kernels)
 
@@ -344,13 +281,13 @@ class VotePipeline:
     def _vote(
         self, gradients: list[Tensor], plan: Plan, ballots: Tensor | None, scale: Tensor, *, is_last: bool
     ) -> None:
-        assert self.exchange is not None and self.owner is not None
+        assert self.exchange is not None
         exchange, column = self.exchange, plan.columns[self.exchange.local_rank]
         if ballots is None:
             ballots = self.cast(column, *self._mean_in_node(gradients, plan), scale)
         kernels = kernels_for(ballots.device)
         starts = rotating_starts(column.layout, self._counts.num_steps)
-        payloads = [exchange.vote(column.ballots, column.verdicts, ballots, self.owner, starts, kernels)]
+        payloads = [exchange.vote(column.ballots, column.verdicts, ballots, self.memory.owner, starts, kernels)]
         if self.options.ranks_per_node > 1:
             payloads = exchange.share_in_node(payloads[0], [each.verdicts.buffer_bytes for each in plan.columns])
         self.take(gradients, plan, payloads, scale, is_last=is_last)
@@ -375,8 +312,10 @@ class VotePipeline:
         for each, found in zip(plan.columns, read, strict=True):
             poisoned = poisoned | found.poisoned
             seen.append(self._write(gradients, out, each, found, scale))
-        self._take_note(plan, seen)
-        self._poisoned = self._poisoned.to(poisoned.device) | poisoned
+        verdicts, _, _, lengths = torch.stack([each.sum(1) for each in seen]).sum(0)
+        self._counts.verdicts(lengths, verdicts)
+        self.memory.observe(plan, seen)
+        self._poisoned = self._poisoned | poisoned
         for gradient, wide in zip(gradients, out, strict=True):
             if wide is not gradient:
                 gradient.copy_(wide)
@@ -412,21 +351,6 @@ class VotePipeline:
             out[k][start : start + length] = mean
         return column.seen(counts, found.crowded)
 
-    def _take_note(self, plan: Plan, seen: list[Tensor]) -> None:
-        """Count a group's verdicts, and let what steers see them; `seen` is of each column."""
-        verdicts, _, _, lengths = torch.stack([each.sum(1) for each in seen]).sum(0)
-        self._counts.verdicts(lengths, verdicts)
-        if self.ladder is not None:
-            for column, each in zip(plan.columns, seen, strict=True):
-                self.ladder.observe(column.shares, each)
-        elif self.options.capped:
-            by_param = torch.zeros(4, len(self._registry), dtype=torch.int64, device=lengths.device)
-            for column, each in zip(plan.columns, seen, strict=True):
-                by_param.index_add_(1, column.rows, column.by_row(each))
-            verdicts, slots, crowded, lengths = by_param[:, plan.rows]
-            # A parameter is crowded where most of its components lie in crowded pieces.
-            self.steering.observe(plan.rows, verdicts, slots, 2 * crowded > lengths)
-
     def _agree(self, group: list[_Bucket]) -> None:
         """Poison the step on all ranks if a checksum did not match on any; on the CPU that is an error at once."""
         assert self.exchange is not None
@@ -437,56 +361,12 @@ class VotePipeline:
                 bucket.gradient.masked_fill_(damaged, math.nan)
 
     def _end_step(self) -> None:
-        assert self.owner is not None
-        # A step may go well for the others although this rank, left out, sent poison: it has nothing to remember of it.
-        self.voter.commit(self._poisoned | self._unfit)
-        self.owner.commit(self._poisoned)
-        self.steering.commit(self._poisoned)
-        if self.ladder is not None:
-            self.ladder.commit(self._poisoned)
+        self.memory.commit(self._poisoned, self._unfit)
         self._counts.end_step(self._poisoned)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
-    def state_dict(self, names: Mapping[str, int]) -> dict[str, Any]:
-        """Return what is remembered, filed under the parameters' names."""
-        name_of = {row: name for name, row in names.items()}
-        known = self.voter.stats.shape[0]
-        kept = {} if self.owner is None else self.owner.kept()
-        return {
-            "voter": {name: self.voter.kept(row) for name, row in names.items() if row < known},
-            "owner": {(name_of[row], start, length): value for (row, start, length), value in kept.items()},
-            "num_voters": 1 if self.exchange is None else self.exchange.num_voters,
-            "admission": None if self.admission is None else self.admission.state_dict(),
-            "steering": self.steering.state_dict(names),
-            "ladder": None if self.ladder is None else self.ladder.state_dict(names),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any], names: Mapping[str, int], num_voters: int) -> None:
-        """Go on from `state_dict()`; the parameters are known by name."""
-        if state["owner"] and state["num_voters"] != num_voters:
-            raise ValueError(
-                f"the checkpoint was written by {state['num_voters']} ranks, and owners keep undecided votes, but now "
-                f"there are {num_voters}: give all ranks' states to distsign.reshard(states, {num_voters}) first"
-            )
-        device = self.voter.stats.device
-        self.voter = Voter(self.options.confidence, self.options.carry)
-        self.ladder = self._new_ladder(num_voters)
+    def load_state_dict(self, state: Mapping[str, Any], names: Mapping[str, int]) -> None:
+        """Go on from what `memory.state_dict` returned, after `settle`; the parameters are known by name."""
+        self.memory.load_state_dict(state, names, self._planner.voted_lengths(self._column))
         self._room = None
-        self.grow(device)
-        for name, kept in state["voter"].items():
-            self.voter.keep(names[name], kept)
-        pieces: dict[Piece, Tensor] = {
-            (names[name], start, length): value for (name, start, length), value in state["owner"].items()
-        }
-        self.owner = self._new_owner(num_voters)
-        self.owner.keep(pieces, device)
-        self.admission = self._new_admission(num_voters)
-        if state.get("admission") is not None:  # checkpoints of earlier versions have none
-            self.admission.load_state_dict(state["admission"])
-        if self.exchange is not None:
-            self.exchange.admission = self.admission
-        self.steering.load_state_dict(state["steering"], names)
-        # There is none of a state from before the first step, or under other options.
-        if self.ladder is not None and state["ladder"] is not None:
-            self.ladder.load_state_dict(state["ladder"], names)

@@ -51,8 +51,10 @@ class VoteCounts:
 
     def end_step(self, poisoned: Tensor) -> None:
         """Add the step to the totals, unless it was poisoned."""
-        clean = torch.cat([self._step.new_tensor([0, self._num_elements]), self._step])
-        bad = clean.new_tensor([1, 0, 0, 0, 0])
+        # Filled in, not uploaded, which would wait for the device.
+        clean = torch.cat([self._step.new_zeros(1), self._step.new_full((1,), self._num_elements), self._step])
+        bad = torch.zeros_like(clean)
+        bad[0] = 1
         self._totals = self._totals.to(clean.device) + torch.where(poisoned, bad, clean)
 
     def traffic(self, counted: ExchangeBytes, world_size: int, left_out: tuple[int, ...] = ()) -> Traffic:

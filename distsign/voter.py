@@ -12,6 +12,7 @@ from torch import Tensor
 from distsign.ballots import keep_idle_stats
 from distsign.confidence import Confidence
 from distsign.kernels import CarryRule, Kernels, Memory
+from distsign.kernels.chunks import upload
 from distsign.layout import IntArray, Layout
 
 __all__ = ["Cast", "Voter", "rotating_starts"]
@@ -235,8 +236,8 @@ class Voter:
         pieces = layout.all_pieces
         memory = None if forget else self.memory  # where the carry forgets, packing has cleared it
         wanted = kernels.settle_carry(out, pieces, limits, torch.from_numpy(starts), memory)
-        limits = limits.to(wanted.device)
-        row = torch.from_numpy(pieces.row).to(wanted.device)
+        limits = upload(limits, wanted.device)
+        row = layout.table(("rows",), lambda: pieces.row, wanted.device)
         kept = torch.zeros_like(counts).index_add_(0, row, torch.minimum(wanted, limits))
         return kept, wanted > limits
 

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xxhash
+from torch import Tensor
 
+from distsign.nest import put_tensors, take_tensors
 from launch.options import RESUME_IF_THERE, RESUME_PREVIOUS, UsageError
 from launch.runtime import Ranks
 
@@ -72,7 +74,10 @@ def save(path: str, shared: dict[str, Any], own: dict[str, Any], ranks: Ranks) -
         UsageError: on all ranks alike, where the file cannot be written, as on a full disk.
     """
     everyones: list[Any] | None = [None] * ranks.world_size if ranks.is_first else None
-    dist.gather_object(own, everyones)
+    tensors: list[Tensor] = []
+    nest = take_tensors(own, tensors)
+    # Pickled on a device they would come to life again on that of the same number in rank 0's process.
+    dist.gather_object(put_tensors(nest, [tensor.cpu() for tensor in tensors]), everyones)
     trouble: list[str | None] = [None]
     if ranks.is_first:
         try:

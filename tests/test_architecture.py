@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
     {"statistics"},
     {"exchange", "optim"},
     {"options", "replicas"},
+    {"planner", "vote_memory"},
     {"pipeline"},
     {"hook"},
     {"checkpoint"},

@@ -20,17 +20,18 @@ import distsign.kernels
 from distsign.kernels import kernels_for, reference
 
 CASES = Path(__file__).with_name("kernels_cuda_cases.py")
+COMPILED = Path(__file__).with_name("kernels_compiled_cases.py")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: the CUDA kernels are not tested"
 )
 
 
-def run_cases(*, interpreted: bool) -> None:
+def run_cases(cases: Path = CASES, *, interpreted: bool) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"}
     # The interpreter computes with numpy, which warns of the overflows and NaNs that the cases are about.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(CASES)], env=environment, cwd=CASES.parent.parent, capture_output=True, text=True, check=False
+        [*command, str(cases)], env=environment, cwd=cases.parent.parent, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
@@ -39,6 +40,12 @@ def run_cases(*, interpreted: bool) -> None:
 @pytest.mark.timeout(600)
 def test_the_kernels_in_the_interpreter() -> None:
     run_cases(interpreted=True)
+
+
+@needs_triton
+@pytest.mark.timeout(600)
+def test_the_kernels_compile_without_a_device() -> None:
+    run_cases(COMPILED, interpreted=False)
 
 
 @needs_triton

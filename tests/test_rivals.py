@@ -14,8 +14,9 @@ from distsign.rivals import RIVALS, make_rival
 from distsign.rivals.base import GatheringRival, Piece
 from distsign.rivals.elias import read_levels, write_levels
 from distsign.rivals.one_bit_adam import OneBitAdam, _decode
-from distsign.rivals.qsgd import QSGD, expected_bytes
+from distsign.rivals.qsgd import QSGD
 from distsign.wire.bits import num_bit_bytes, pack_bits, unpack_bits
+from tests.elias_oracle import qsgd_bytes
 
 SHAPES = [(), (1,), (7,), (8,), (33, 70), (6, 3, 3, 3)]
 
@@ -123,7 +124,7 @@ def test_bits_come_back(bits: list[bool]) -> None:
 def test_levels_come_back(levels: list[int]) -> None:
     array = np.array(levels, dtype=np.int32)
     stream = write_levels(array)
-    assert len(stream) == expected_bytes(array, num_chunks=0)
+    assert len(stream) == qsgd_bytes(array, num_chunks=0)
     assert read_levels(stream, len(array)).tolist() == levels
 
 

@@ -59,6 +59,7 @@ BAD = {
     "unknown scheme": (["--scheme", "plane"], "unknown scheme 'plane': did you mean planes"),
     "zero bandwidth": (["--link", "0gbit"], "must be above zero"),
     "negative bandwidth": (["--link=-1gbit"], "must be above zero"),
+    "negative bandwidth, a word of its own": (["--link", "-1gbit"], "must be above zero"),
     "strange unit": (["--link", "1gbot"], "cannot read the bandwidth '1gbot'"),
     "strange time": (["--compute", "1 fortnight"], "cannot read the time"),
     "more per node than workers": (["--per-node", "8"], "8 workers per node, but only 4"),

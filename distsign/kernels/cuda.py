@@ -319,8 +319,18 @@ def encode_sparse(planes: Tensor, num_bytes: int, code: SparseCode, out: Tensor)
     totals, sums = _running_ones(planes, code.num_bits)
     if code.num_slots:
         words = _words_for(code.num_bytes, planes.device)
-        args = (planes, num_bytes, code.num_bits, totals, sums, words, code.num_slots, code.num_high_bits)
-        _launch(triton_sparse.encode_kernel, totals.numel(), *args, LOW_BITS=code.low_bits)
+        args = (
+            planes,
+            num_bytes,
+            code.num_bits,
+            totals,
+            sums,
+            words,
+            code.num_slots,
+            code.num_high_bits,
+            code.low_bits,
+        )
+        _launch(triton_sparse.encode_kernel, totals.numel(), *args)
         out.copy_(words.view(torch.uint8)[: code.num_bytes])
     return sums[-1].le(code.num_slots)
 
@@ -337,8 +347,8 @@ def decode_sparse(body: Tensor, code: SparseCode, num_bytes: int, out: Tensor) -
     totals, sums = _running_ones(body, code.num_high_bits)
     words = _words_for(2 * num_bytes, body.device)
     flag = fine.view(torch.uint8)
-    args = (body, totals, sums, words, code.num_bits, code.num_bits, code.num_slots, code.num_high_bits, flag)
-    _launch(triton_sparse.decode_kernel, totals.numel(), *args, LOW_BITS=code.low_bits)
+    sizes = (code.num_bits, code.num_bits, code.num_slots, code.num_high_bits, code.low_bits)
+    _launch(triton_sparse.decode_kernel, totals.numel(), body, code.num_bytes, totals, sums, words, *sizes, flag)
     num_programs = _programs(code.num_bytes, triton_sparse.PIECE_BYTES)
     last, width = totals.numel() - 1, code.low_bits + 1
     kernel = triton_sparse.padding_kernel

@@ -19,6 +19,7 @@ from distsign.kernels.spans import BLOCK, LANES
 __all__ = [
     "OPTIONS",
     "chunk_field",
+    "divide",
     "element_of_word",
     "load_word",
     "places_of_bits",
@@ -53,6 +54,23 @@ def _probe():
 
 # Each operation is rounded by itself, as the oracle does it. The interpreter never fuses, and knows no such option.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False} if isinstance(_probe, triton.JITFunction) else {}
+
+
+if OPTIONS:
+
+    @triton.jit
+    def divide(x, y):
+        """Divide float32 with the rounding of IEEE 754; `tl.div_rn` flushes denormals to 0."""
+        return tl.inline_asm_elementwise(
+            "div.rn.f32 $0, $1, $2;", "=f,f,f", args=[x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+else:
+
+    @triton.jit
+    def divide(x, y):
+        """Do the same in the interpreter, which knows no PTX."""
+        return tl.div_rn(x, y)
 
 
 @triton.jit

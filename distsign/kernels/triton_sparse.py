@@ -3,6 +3,9 @@
 The bits of a body, or of planes, are ORed into 32-bit words that began as zeros: every bit is set once, so that no
 order matters. A program takes 128 bytes of what is read; `sums` are running sums of the ones in such pieces, each one's
 own included, so that a program knows the number of its first vote.
+
+Sizes move from step to step where the slots follow what is voted, and bodies lie at any byte: nothing is compiled for
+their values.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ def _first_bits(source, byte, num_bits):
     return found & ~(~tl.zeros_like(found) << room)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_bits"], do_not_specialize_on_alignment=["source"])
 def ones_kernel(source, num_bits, totals):
     """Count the ones of each piece of the first `num_bits` bits, int64."""
     byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
@@ -60,8 +63,8 @@ def _set_bits(words, at, value, wanted):
     tl.atomic_or(word + 2, top.to(tl.int32, bitcast=True), mask=wanted & (top != 0), sem="relaxed")
 
 
-@triton.jit
-def encode_kernel(planes, num_bytes, num_bits, totals, sums, words, num_slots, num_high_bits, LOW_BITS: tl.constexpr):
+@triton.jit(do_not_specialize=["num_bytes", "num_bits", "num_slots", "num_high_bits", "low_bits"])
+def encode_kernel(planes, num_bytes, num_bits, totals, sums, words, num_slots, num_high_bits, low_bits):
     """Set the bits of the body, whose first section is `num_high_bits` long."""
     byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
     is_vote, number = _numbered(planes, byte, num_bits, totals, sums)
@@ -70,9 +73,10 @@ def encode_kernel(planes, num_bytes, num_bits, totals, sums, words, num_slots, n
     negative = (sign[None, :] >> bit.to(tl.uint64)) & 1
     y = 8 * byte[None, :] + bit - number
     is_vote &= number < num_slots
-    _set_bits(words, (y >> LOW_BITS) + number, tl.full(y.shape, 1, tl.uint64), is_vote)
-    low = y.to(tl.uint64) & ((1 << LOW_BITS) - 1)
-    _set_bits(words, num_high_bits + number * (LOW_BITS + 1), low | (negative << LOW_BITS), is_vote)
+    _set_bits(words, (y >> low_bits) + number, tl.full(y.shape, 1, tl.uint64), is_vote)
+    low = y - ((y >> low_bits) << low_bits)
+    field = low.to(tl.uint64) | (negative << low_bits.to(tl.uint64))
+    _set_bits(words, num_high_bits + number * (low_bits + 1), field, is_vote)
 
 
 @triton.jit
@@ -81,41 +85,49 @@ def _bit_of(body, at, wanted):
 
 
 @triton.jit
-def _field(body, at, wanted, WIDTH: tl.constexpr):
-    """Read fields of `WIDTH` bits, lowest first."""
+def _field(body, num_bytes, at, width, wanted):
+    """Read fields of `width` bits, 32 at most, lowest first: they lie in five bytes, those behind the body's end 0."""
+    byte = at >> 3
     value = tl.zeros(at.shape, tl.int64)
-    for place in tl.static_range(WIDTH):
-        value |= _bit_of(body, at + place, wanted) << place
-    return value
+    for place in tl.static_range(5):
+        found = tl.load(body + byte + place, mask=wanted & (byte + place < num_bytes), other=0)
+        value |= found.to(tl.int64) << (8 * place)
+    value >>= at & 7
+    return value - ((value >> width) << width)
 
 
-@triton.jit
-def decode_kernel(body, totals, sums, words, sign_at, num_bits, num_slots, num_high_bits, fine, LOW_BITS: tl.constexpr):
+@triton.jit(
+    do_not_specialize=["num_bytes", "sign_at", "num_bits", "num_slots", "num_high_bits", "low_bits"],
+    do_not_specialize_on_alignment=["body"],
+)
+def decode_kernel(
+    body, num_bytes, totals, sums, words, sign_at, num_bits, num_slots, num_high_bits, low_bits, fine,
+):  # fmt: skip
     """Set the bits of planes, the sign plane's from bit `sign_at`; `fine` uint8 is set to 0 where the body is wrong."""
     byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
     is_one, number = _numbered(body, byte, num_high_bits, totals, sums)
     at = 8 * byte[None, :] + tl.arange(0, 8)[:, None]
     has_slot = is_one & (number < num_slots)
-    field_at = num_high_bits + number * (LOW_BITS + 1)
-    low = _field(body, field_at, has_slot, LOW_BITS)
-    position = ((at - number) << LOW_BITS) + low + number
+    field_at = num_high_bits + number * (low_bits + 1)
+    low = _field(body, num_bytes, field_at, low_bits, has_slot)
+    position = ((at - number) << low_bits) + low + number
     # Only where the bit before is a one too do two votes share their high bits, and the low bits decide on the order.
     follows = has_slot & (at > 0)
     follows &= _bit_of(body, at - 1, follows) != 0
-    wrong = follows & (_field(body, field_at - (LOW_BITS + 1), follows, LOW_BITS) > low)
+    wrong = follows & (_field(body, num_bytes, field_at - (low_bits + 1), low_bits, follows) > low)
     wrong |= is_one & ~(has_slot & (position < num_bits))
     if tl.max(tl.max(wrong.to(tl.int32), axis=0), axis=0) != 0:
         tl.store(fine, 0)
     inside = has_slot & (position < num_bits)
     value = tl.full(position.shape, 1, tl.int32) << (position & 31).to(tl.int32)
     tl.atomic_or(words + (position >> 5), value, mask=inside, sem="relaxed")
-    negative = inside & (_bit_of(body, field_at + LOW_BITS, inside) != 0)
+    negative = inside & (_bit_of(body, field_at + low_bits, inside) != 0)
     position += sign_at
     value = tl.full(position.shape, 1, tl.int32) << (position & 31).to(tl.int32)
     tl.atomic_or(words + (position >> 5), value, mask=negative, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_bytes", "last", "num_high_bits", "width"], do_not_specialize_on_alignment=["body"])
 def padding_kernel(body, num_bytes, sums, last, num_high_bits, width, fine):
     """Set `fine` to 0 where a bit after the last vote's field is one; `last` is the place of the number of votes."""
     used = num_high_bits + tl.load(sums + last) * width

@@ -24,6 +24,7 @@ from distsign.kernels.triton_bits import (
     WORDS,
     WORDS_PER_BLOCK,
     chunk_field,
+    divide,
     element_of_word,
     load_word,
     popcount,
@@ -202,7 +203,7 @@ def _carried(
         # Not tl.minimum, which hides a NaN.
         v = tl.where(v > LARGEST, LARGEST, v)
         alive = v > DEAD
-        u = tl.where(alive, r + tl.div_rn(g * correction, tl.sqrt_rn(tl.where(alive, v, 1.0))), r)
+        u = tl.where(alive, r + divide(g * correction, tl.sqrt_rn(tl.where(alive, v, 1.0))), r)
         tl.store(v_out + element, tl.where(active, v, old_v), mask=there)
     else:
         u = r + g

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,25 +88,3 @@ class QSGD(StochasticRival):
         s, n = self.levels, num_elements
         dense = s * (s + math.sqrt(n))
         return ((3 + 1.5 * math.log2(2 * (s * s + n) / dense)) * dense + 32) / 8
-
-
-def expected_bytes(levels: np.ndarray, num_chunks: int) -> int:
-    """Return the length of the payload for these levels, from the lengths of the codes one by one.
-
-    Example:
-        >>> expected_bytes(np.array([0, 0, -1, 2]), num_chunks=1)
-        10
-    """
-    where = np.flatnonzero(levels)
-    gaps = np.diff(where, prepend=-1)
-    values = np.abs(levels[where])
-    bits = sum(_omega_bits(int(gap)) + 1 + _omega_bits(int(value)) for gap, value in zip(gaps, values, strict=True))
-    return 4 * num_chunks + 4 + (bits + 7) // 8
-
-
-def _omega_bits(number: int) -> int:
-    bits = 1
-    while number > 1:
-        bits += number.bit_length()
-        number = number.bit_length() - 1
-    return bits

@@ -117,8 +117,7 @@ class Electorate:
         self._steering = Steering(confidence, budgeted=budget is not None)
         self._steering.grow(len(num_elements), torch.device("cpu"))
         self.admission = Admission(num_workers, self.options.max_density, self.options.max_poison_streak)
-        self._exchange = VoteExchange(_Table(num_workers), "all_gather")
-        self._exchange.admission = self.admission
+        self._exchange = VoteExchange(_Table(num_workers), "all_gather", admission=self.admission)
         forget = self.options.forgets
         self._owner = make_owner(self.options.owner_carry, self.options.margin, num_workers, forget=forget)
         self._column = self._plan(num_elements)

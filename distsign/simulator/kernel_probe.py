@@ -207,15 +207,14 @@ def vote_probes(gradient: Tensor, lengths: Sequence[int], world_size: int, bits:
     pipeline.start(exchange := VoteExchange(link, "two_phase"))
     pipeline.grow(device)
     plan = pipeline.plan((tuple(range(len(lengths))),), device)
-    (column,), owner = plan.columns, pipeline.owner
-    assert owner is not None
+    (column,), owner = plan.columns, pipeline.memory.owner
     scale, raw = torch.ones((), dtype=torch.float64, device=device), torch.zeros(0, device=device)
     clean, starts = torch.zeros((), dtype=torch.bool, device=device), rotating_starts(column.layout, 0)
     out = torch.empty_like(gradient)
 
     def cast() -> Tensor:
         sealed = pipeline.cast(column, [gradient], raw, scale)
-        pipeline.voter.commit(clean)
+        pipeline.memory.voter.commit(clean)
         return sealed
 
     def count(shard: int) -> Tensor:

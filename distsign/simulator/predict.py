@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from distsign.simulator.cluster import Cluster
 from distsign.simulator.events import Resource, Simulation, Task
 from distsign.simulator.models import Model, load_model
+from distsign.simulator.plans import Collective, Kernel, Plan
 from distsign.simulator.profile import InStep, Profile
-from distsign.simulator.schemes import Collective, Kernel, Plan, Scheme, plan_step
+from distsign.simulator.schemes import Scheme, plan_step
 from distsign.traffic import ExchangeBytes, ring_all_reduce_bytes
 
 __all__ = ["Prediction", "Step", "break_even", "simulate"]

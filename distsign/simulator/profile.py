@@ -13,6 +13,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from distsign.simulator.cluster import Link
+
 __all__ = ["COLLECTIVES", "FEW_TENSORS", "KERNELS", "CollectiveCost", "InStep", "KernelCost", "Profile"]
 
 _FORMAT = "distsign-profile"
@@ -117,7 +119,7 @@ class Profile:
         device: `"cpu"`, where kernels and backward share the cores, or `"cuda"`.
         cores: that the workers of a machine have together, by their measured slow-down; infinity where each has enough.
         concurrent: collectives of one group that are on their way at once: 2 for Gloo's threads, 1 for NCCL's stream.
-        bandwidth_bytes_per_s: of the link as measured.
+        bandwidth_bytes_per_s: of the link as measured, by payloads; None where none was.
         latency_s: likewise.
         efficiency: share of a link's nominal bandwidth that payloads get.
         in_step: by the name of a scheme, whatever its options, what becomes of its work within steps of models of some
@@ -173,6 +175,18 @@ class Profile:
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < math.inf:
                 raise ValueError(f"a profile's {name} must be a number of at least 0, got {value!r}")
+
+    @property
+    def link(self) -> Link | None:
+        """The link that was measured, by its nominal bandwidth; None where none was."""
+        if self.bandwidth_bytes_per_s is None:
+            return None
+        return Link(self.bandwidth_bytes_per_s / self.efficiency, self.latency_s)
+
+    @property
+    def node_link(self) -> Link:
+        """That between ranks of a node; where it was not measured, of endless bandwidth."""
+        return Link(self.node_bandwidth_bytes_per_s or math.inf, self.node_latency_s)
 
     def in_step_of(self, scheme: str, num_elements: float) -> InStep:
         """Return what becomes of a scheme's work in steps of a model of this size: between two sizes by logarithms.

@@ -90,14 +90,13 @@ class Comparison:
             return "do not compress: there is one worker, and nothing to exchange"
         if compressed and best is compressed[0]:
             rival = min(self.baselines, key=lambda each: each.step_s)
-            gain = 100 * (rival.step_s / best.step_s - 1)
+            gain = _gain(best, rival)
             if gain < WORTH_PERCENT:
                 return f"do not compress: {best.scheme} is faster than {rival.scheme} by {gain:.2g} % only"
             return f"fastest here: {best.scheme}, {_ahead(gain)} {rival.scheme}"
         if not compressed:
             runner_up = next((each for each in ranked if each is not best), best)
-            gain = 100 * (runner_up.step_s / best.step_s - 1)
-            return f"fastest here: {best.scheme}, {_ahead(gain)} {runner_up.scheme}"
+            return f"fastest here: {best.scheme}, {_ahead(_gain(best, runner_up))} {runner_up.scheme}"
         why = _reason(best, compressed[0])
         return f"do not compress: {best.scheme} takes {format_seconds(best.step_s)} a step, {why}"
 
@@ -113,6 +112,11 @@ class Comparison:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
+
+
+def _gain(best: Prediction, rival: Prediction) -> float:
+    """Return by how many percent a step of the rival is longer."""
+    return 100 * (rival.step_s / best.step_s - 1)
 
 
 def _ahead(percent: float) -> str:

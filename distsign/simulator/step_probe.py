@@ -25,7 +25,7 @@ from distsign.confidence import RMSConfidence
 from distsign.hook import SignVoteState, sign_vote_hook
 from distsign.optim import SignAdamPP
 from distsign.rivals import make_rival
-from distsign.simulator.cluster import Cluster, Link
+from distsign.simulator.cluster import Cluster
 from distsign.simulator.fit import Array
 from distsign.simulator.models import Model
 from distsign.simulator.predict import Step
@@ -158,10 +158,8 @@ def _schemes(ranks: Ranks) -> tuple[str, ...]:
 
 def _step(model: Model, scheme: Scheme, ranks: Ranks, profile: Profile, compute_s: float) -> Step | None:
     """Return the step as it is predicted; None where the scheme is not possible, which all ranks find alike."""
-    assert profile.bandwidth_bytes_per_s is not None
-    link = Link(profile.bandwidth_bytes_per_s / profile.efficiency, profile.latency_s)
-    inner = Link(profile.node_bandwidth_bytes_per_s or math.inf, profile.node_latency_s)
-    cluster = Cluster(ranks.world_size, link, ranks.per_node, inner, ranks.per_machine)
+    assert profile.link is not None
+    cluster = Cluster(ranks.world_size, profile.link, ranks.per_node, profile.node_link, ranks.per_machine)
     try:
         return Step(model, cluster, scheme, compute_s=compute_s, profile=profile, bucket_mb=_bucket_mb(scheme))
     except ValueError:

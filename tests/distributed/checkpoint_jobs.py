@@ -12,8 +12,8 @@ from torch import Tensor
 from distsign import SignAdamPP
 from distsign.checkpoint import load, save
 
-from .carry_jobs import options_of
-from .hook_jobs import Case, batch, build, digest
+from .carry_oracle import options_of
+from .oracle import Case, batch, build, digest
 
 
 class Run:

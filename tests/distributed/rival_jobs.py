@@ -19,7 +19,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distsign.rivals import make_rival
 from distsign.rivals.base import HookRival
+from distsign.rivals.elias import read_levels
+from distsign.rivals.qsgd import QSGD
 from distsign.traffic import ExchangeBytes, power_sgd_elements, ring_all_reduce_bytes
+from tests.elias_oracle import qsgd_bytes
 
 SHAPES = {"matrix": (33, 70), "bias": (5,), "kernel": (6, 3, 3, 3), "gain": (), "last": (300, 40)}
 BUCKET_CAP_MB = 0.02  # several buckets: of 4,000 components and of 12,000
@@ -241,6 +244,31 @@ def count_bytes(rank: int, world_size: int, name: str, values: dict[str, float],
             expected += found
     assert len(layouts) == num_steps and len(layouts[-1]) > 1, "else nothing is shown"
     assert rival.traffic(num_steps) == expected
+    rival.close()
+
+
+def count_drawn_bytes(rank: int, world_size: int, num_steps: int) -> None:
+    """Hold QSGD's counted bytes to the codes of what it has drawn, and the lengths that ranks tell each other."""
+    rival, model = start("qsgd", {"chunk": 100})
+    assert isinstance(rival, QSGD)
+    encode, mine, num_tensors = rival.encode, 0, 0
+
+    def spy(name: str, grad: Tensor) -> Tensor:
+        nonlocal mine, num_tensors
+        payload, num_chunks = encode(name, grad), -(-grad.numel() // 100)
+        mine += qsgd_bytes(read_levels(payload[4 * num_chunks :].numpy(), grad.numel()), num_chunks)
+        num_tensors += 1
+        return payload
+
+    rival.encode = spy  # type: ignore[method-assign]
+    for step in range(num_steps):
+        backward(model, step)
+    assert num_tensors == num_steps * len(SHAPES)
+    everyones = [torch.zeros((), dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(everyones, torch.tensor(mine))
+    sent = [int(each) + 8 * num_tensors for each in everyones]
+    received = sum(sent) - sent[rank]
+    assert rival.traffic(num_steps) == ExchangeBytes((world_size - 1) * sent[rank], received)
     rival.close()
 
 

@@ -15,7 +15,7 @@ from distsign.rivals import make_rival
 from distsign.simulator import Cluster, Link, Model, Scheme, Step
 from distsign.simulator.calibrate import calibrate
 
-from .hook_jobs import Net, batch
+from .oracle import Net, batch
 
 
 def count_beside_prediction(rank: int, world_size: int, text: str, options: dict[str, Any], bucket_mb: float) -> None:

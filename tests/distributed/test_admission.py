@@ -14,7 +14,7 @@ from distsign import AdaptiveConfidence, RMSConfidence, SignAdamPP, SignVoteStat
 from distsign.plan import Column
 from distsign.traffic import poison_report_bytes
 
-from .hook_jobs import Case, batch, build, digest
+from .oracle import Case, batch, build, digest
 from .ranks import RankPool
 
 Pools = Callable[[int], RankPool]
@@ -132,7 +132,7 @@ def train_in_a_flood(rank: int, world_size: int, options: dict[str, Any], resume
         optimizer.step()
         # Left out after the third step of poison, back after the third without.
         assert state.traffic().left_out_ranks == ((1,) if STREAK - 1 <= step < 10 + STREAK - 1 else ()), step
-    assert all(each.isfinite().all() for each in state._pipeline.voter.stats)
+    assert all(each.isfinite().all() for each in state._pipeline.memory.voter.stats)
     state.close()
     return digest(net), poisoned
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ import torch
 from distsign import FixedConfidence
 
 from . import carry_jobs as jobs
-from .carry_jobs import CARRY
-from .hook_jobs import Case
+from .carry_oracle import CARRY
+from .oracle import Case
 from .ranks import WORLD_SIZES, RankPool, RanksFailed
 
 Pools = Callable[[int], RankPool]
@@ -66,6 +67,13 @@ def test_a_poisoned_step_leaves_no_trace(rank_pool: Pools, name: str) -> None:
 )
 def test_a_resumed_run_repeats_an_unbroken_one(rank_pool: Pools, name: str) -> None:
     rank_pool(3).run(jobs.resume_with_carries, CASES[name])
+
+
+@pytest.mark.parametrize("more", [{}, {"owner_carry": True}, {"bits_per_param": 0.3, "owner_carry": True}])
+def test_a_resumed_run_in_nodes_repeats_an_unbroken_one(rank_pool: Pools, more: dict[str, Any]) -> None:
+    """Each rank of a node keeps its own share, which is known before ranks have met."""
+    options = {"exchange": "hierarchical", "ranks_per_node": 2, **more}
+    rank_pool(4).run(jobs.resume_with_carries, replace(CARRY, options=options))
 
 
 @pytest.mark.parametrize("bits_per_param", [0.05, 0.5])

@@ -22,8 +22,8 @@ from distsign import FixedConfidence, RMSConfidence, SignAdamPP, SignVoteState, 
 from distsign.checkpoint import CheckpointError, load, save
 
 from . import checkpoint_jobs as jobs
-from .carry_jobs import CARRY
-from .hook_jobs import Case
+from .carry_oracle import CARRY
+from .oracle import Case
 from .ranks import RankPool, RanksFailed
 
 Pools = Callable[[int], RankPool]

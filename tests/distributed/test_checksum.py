@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distsign import AdaptiveConfidence, SignAdamPP, SignVoteState, sign_vote_hook
@@ -15,8 +19,8 @@ from distsign.collectives import Link
 from distsign.traffic import step_bytes
 
 from . import hook_jobs
-from .carry_jobs import CARRY
-from .hook_jobs import Case, batch, build, digest
+from .carry_oracle import CARRY
+from .oracle import Case, batch, build, digest
 from .ranks import RankPool
 
 Pools = Callable[[int], RankPool]
@@ -110,6 +114,38 @@ def test_all_ranks_name_who_wrote_and_who_got_it(rank_pool: Pools, name: str, ca
         bit,
         in_step=True,
     )
+
+
+def fail_after_telling(rank: int, world_size: int, culprit: int, timeout_s: float) -> tuple[int, str]:
+    """One rank runs out of memory in its second step, when it has sent word to the others; return who stopped when."""
+    _, model, state = build(Case(options={"checksum": True}), dist.new_group(timeout=timedelta(seconds=timeout_s)))
+    for step in range(4):
+        model.zero_grad()
+        try:
+            model(batch(rank, step, 0, torch.float32)).square().mean().backward()
+        except RuntimeError as error:
+            # Alive, but voting no more: its links stay open until the others have given up.
+            time.sleep(2 * timeout_s if rank == culprit else 0.0)
+            return step, str(error)
+        if rank == culprit and step == 0:
+            exchange = state._pipeline.exchange
+            assert exchange is not None
+            exchange.tell = partial(_tell_and_fail, exchange.tell)  # type: ignore[method-assign]
+    raise AssertionError("nobody noticed")
+
+
+def _tell_and_fail(tell: Callable[[], None]) -> None:
+    tell()
+    raise MemoryError("planted")
+
+
+def test_a_rank_that_fails_after_its_word_fails_alone_and_the_others_learn_in_the_next_step(rank_pool: Pools) -> None:
+    found = rank_pool(3).run(fail_after_telling, 1, 3.0)
+    assert [step for step, _ in found] == [2, 1, 2]
+    assert "MemoryError: planted" in found[1][1]
+    for _, words in (found[0], found[2]):
+        assert re.search(r"the vote on .* failed in step 3 .*LinkError: .* did not get through", words), words
+    rank_pool(3).close()  # the group of the ranks that gave up is of no use to a later job
 
 
 def train_both_ways(rank: int, world_size: int, case: Case) -> list[str]:

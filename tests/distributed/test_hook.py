@@ -11,7 +11,7 @@ import torch
 from distsign import AdaptiveConfidence, FixedConfidence, RMSConfidence, TargetDensity, VoteError
 
 from . import hook_jobs as jobs
-from .hook_jobs import Case
+from .oracle import Case
 from .ranks import WORLD_SIZES, RankPool
 
 Pools = Callable[[int], RankPool]

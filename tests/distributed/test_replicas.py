@@ -12,7 +12,7 @@ from torch import nn
 
 from distsign import ReplicaCheck, ReplicaError, SignAdamPP
 
-from .hook_jobs import Case, batch, build
+from .oracle import Case, batch, build
 from .ranks import RankPool
 
 Pools = Callable[[int], RankPool]

@@ -41,6 +41,10 @@ def test_counted_bytes_are_those_of_the_formula(rank_pool: Pools, name: str) -> 
     rank_pool(4).run(jobs.count_bytes, name, COUNTED[name], 5)
 
 
+def test_counted_bytes_are_those_of_what_qsgd_has_drawn(rank_pool: Pools) -> None:
+    rank_pool(4).run(jobs.count_drawn_bytes, 3)
+
+
 @pytest.mark.parametrize(
     ("name", "values"), [("terngrad", {"clip": 0}), ("qsgd", {"levels": 2}), ("qsgd", {"chunk": 7})]
 )

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from tests.distributed.ranks import OUTPUT_LIMIT_BYTES, PR_SET_PDEATHSIG, REPOSITORY, file_size
+from tests.distributed.rank_process import OUTPUT_LIMIT_BYTES, file_size
+from tests.distributed.ranks import REPOSITORY
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ def launch(
         return running.wait(deadline_s)
 
 
+PR_SET_PDEATHSIG = 1
 # torchrun ends its workers on SIGTERM, so that is what it gets when we die. No core files: SIGABRT asks for stacks.
 _EXEC_TIED_TO_PARENT = f"""
 import ctypes, os, resource, signal, sys
