@@ -60,7 +60,7 @@ if OPTIONS:
 
     @triton.jit
     def divide(x, y):
-        """Divide float32 with the rounding of IEEE 754; `tl.div_rn` flushes denormals to 0."""
+        """Divide float32 as IEEE 754 has it; by way of libdevice `tl.div_rn` may flush denormals to 0."""
         return tl.inline_asm_elementwise(
             "div.rn.f32 $0, $1, $2;", "=f,f,f", args=[x, y], dtype=tl.float32, is_pure=True, pack=1
         )
