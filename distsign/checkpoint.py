@@ -131,7 +131,8 @@ def load(
         raise CheckpointError(f"{folder} has no {missing[0]!r}: it has {', '.join(sorted(planner.names))}")
     for key, value in state_dict.items():
         if isinstance(value, SignVoteState):
-            value.load_state_dict(_own_state(folder, key, loaded[key], rank, world_size))
+            state = _own_state(folder, key, loaded[key], rank, world_size, value.ranks_per_node)
+            value.load_state_dict(state)
         elif isinstance(value, torch.optim.Optimizer):
             value.load_state_dict(_with_numbers(loaded[key]))
         elif isinstance(value, Stateful):
@@ -150,7 +151,9 @@ def _packed(state: dict[str, Any]) -> Tensor:
     return torch.frombuffer(data.getbuffer(), dtype=torch.uint8)
 
 
-def _own_state(folder: Path, key: str, entries: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Any]:
+def _own_state(
+    folder: Path, key: str, entries: dict[str, Tensor], rank: int, world_size: int, ranks_per_node: int
+) -> dict[str, Any]:
     """Return the state of this rank's votes, out of its own or of those of all ranks that wrote them."""
     if not all(name.startswith("rank ") for name in entries):
         raise CheckpointError(f"{folder}: {key!r} was not a SignVoteState when it was saved")
@@ -160,7 +163,7 @@ def _own_state(folder: Path, key: str, entries: dict[str, Tensor], rank: int, wo
     }
     if set(states) == {entry_of(rank)}:
         return states[entry_of(rank)]
-    return reshard([states[entry_of(k)] for k in range(len(states))], world_size)[rank]
+    return reshard([states[entry_of(k)] for k in range(len(states))], world_size, ranks_per_node)[rank]
 
 
 def _with_numbers(state: dict[str, Any]) -> dict[str, Any]:

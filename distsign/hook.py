@@ -142,6 +142,11 @@ class SignVoteState:
 
     # ------------------------------------------------------------------------------------------------- what users call
 
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks that vote as one: of a node in the hierarchical exchange, else 1."""
+        return self._options.ranks_per_node
+
     def track(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Give the state its parameters' names, under which `state_dict` files what is kept for each.
 

@@ -1,4 +1,4 @@
-"""The states of a vote for another number of ranks."""
+"""The states of a vote for another number of ranks, or other nodes."""
 
 from __future__ import annotations
 
@@ -13,57 +13,82 @@ from distsign.layout import Shape, shards
 __all__ = ["reshard"]
 
 
-def reshard(states: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[str, Any]]:
-    """Turn the states of all ranks of a run into those of a run with another number of ranks.
+State = Mapping[str, Any]
+Kept = Mapping[str, Tensor]
 
-    What the carries hold is conserved in sum: rank j of the new run takes over the unsent gradients of the old ranks
-    j, j + world_size, ...; new ranks begin with none, and with the mean of squares of rank `j % len(states)`. Undecided
-    votes go to the new owners of their components. Standing ballots are dropped: their workers are gone.
+
+def reshard(states: Sequence[State], world_size: int, ranks_per_node: int = 1) -> list[dict[str, Any]]:
+    """Turn the states of all ranks of a run into those of a run with another number of ranks, or other nodes.
+
+    What the carries hold is conserved in sum: voter j of the new run takes over the unsent gradients of the old voters
+    j, j + num_voters, ...; new voters begin with none, and with the mean of squares of an old one. Undecided votes go
+    to the new owners of their components. Standing ballots are dropped: their workers are gone. A voter is a rank, or,
+    in the hierarchical exchange, a node, whose ranks each have a share of every parameter.
 
     Args:
         states: `SignVoteState.state_dict()` of every old rank, in order.
         world_size: number of new ranks.
+        ranks_per_node: of the new run, with the hierarchical exchange.
 
     Returns:
         One state a new rank, for `SignVoteState.load_state_dict`.
 
     Raises:
-        ValueError: if there is no state, or they are not those of one run without nodes.
+        ValueError: if there is no state, if they are not those of one run, or if nodes do not divide the ranks.
     """
-    if not states or world_size < 1:
+    if not states or world_size < 1 or ranks_per_node < 1 or world_size % ranks_per_node:
         raise ValueError(
-            f"reshard needs the states of all old ranks and at least one new rank, got {len(states)} states and "
-            f"world_size={world_size}"
+            f"reshard needs the states of all old ranks and at least one new rank, in nodes of one size: got "
+            f"{len(states)} states, world_size={world_size} and ranks_per_node={ranks_per_node}"
         )
+    per_node = states[0].get("ranks_per_node", 1)  # earlier versions did not say
     voters = {state["num_voters"] for state in states}
-    if voters != {len(states)}:
+    if {num_voters * per_node for num_voters in voters} != {len(states)}:
         raise ValueError(
-            f"reshard needs the states of all ranks of one run, without the hierarchical exchange: got {len(states)} "
-            f"states of a vote among {sorted(voters)}"
+            f"reshard needs the states of all ranks of one run: got {len(states)} states of a vote among "
+            f"{sorted(voters)}" + f" nodes of {per_node} ranks" * (per_node > 1)
         )
-    undecided = _undecided(states)
+    nodes = [_joined(states[k : k + per_node]) for k in range(0, len(states), per_node)]
+    undecided = _undecided(states, per_node)
+    num_voters = world_size // ranks_per_node
     new: list[dict[str, Any]] = []
     for rank in range(world_size):
-        heirs = list(states[rank::world_size]) or [states[rank % len(states)]]
-        voter = {
-            name: _voter([heir["voter"][name] for heir in heirs], fresh=rank >= len(states))
-            for name in states[0]["voter"]
-        }
+        voter, column = divmod(rank, ranks_per_node)
+        heirs = nodes[voter::num_voters] or [nodes[voter % len(nodes)]]
+        merged = {name: _merged([heir[name] for heir in heirs], fresh=voter >= len(nodes)) for name in nodes[0]}
         nothing = dict.fromkeys(states[0]["traffic"], 0)
         new.append(
             {
                 **states[0],
                 "traffic": nothing if rank >= len(states) else states[rank]["traffic"],
-                "voter": voter,
-                "owner": _owned(undecided, list(states[0]["voter"]), rank, world_size),
-                "num_voters": world_size,
+                "voter": {
+                    name: _share(kept, index, column, ranks_per_node)
+                    for index, (name, kept) in enumerate(merged.items())
+                },
+                "owner": _owned(undecided, list(merged), voter, num_voters, column, ranks_per_node),
+                "num_voters": num_voters,
+                "ranks_per_node": ranks_per_node,
             }
         )
     return new
 
 
-def _voter(kept: list[Mapping[str, Tensor]], *, fresh: bool) -> dict[str, Tensor]:
-    """Merge what several old ranks remember of a parameter into what one new rank does."""
+def _joined(columns: Sequence[State]) -> dict[str, Kept]:
+    """Put together what the ranks of a node remember of their shares, by parameter.
+
+    Statistics of the confidence function are those of the share that is the largest.
+    """
+    found: dict[str, Kept] = {}
+    for name in columns[0]["voter"]:
+        shares = [state["voter"][name] for state in columns]
+        largest = max(shares, key=lambda share: share["carry"].numel() if "carry" in share else 0)
+        parts = {key: torch.cat([share[key] for share in shares]) for key in ("carry", "square") if key in shares[0]}
+        found[name] = {"stats": largest["stats"], **parts}
+    return found
+
+
+def _merged(kept: list[Kept], *, fresh: bool) -> dict[str, Tensor]:
+    """Merge what several old voters remember of a parameter into what one new voter does."""
     merged = {"stats": kept[0]["stats"].clone()}
     if "carry" in kept[0]:
         total = torch.stack([each["carry"].float() for each in kept]).sum(0)
@@ -73,23 +98,39 @@ def _voter(kept: list[Mapping[str, Tensor]], *, fresh: bool) -> dict[str, Tensor
     return merged
 
 
-def _undecided(states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def _share(kept: Kept, index: int, column: int, num_columns: int) -> dict[str, Tensor]:
+    """Return what a rank of a node remembers of its share of a parameter."""
+    if "carry" not in kept:
+        return dict(kept)
+    a, b = _bounds(index, kept["carry"].numel(), column, num_columns)
+    return {key: value if key == "stats" else value[a:b].clone() for key, value in kept.items()}
+
+
+def _bounds(index: int, num_elements: int, column: int, num_columns: int) -> tuple[int, int]:
+    """Return where a column's share of a parameter begins and ends."""
+    mine = [(a, b) for k, a, b in shards(Shape(index, num_elements), num_columns) if k == column]
+    return mine[0] if mine else (0, 0)
+
+
+def _undecided(states: Sequence[State], per_node: int) -> dict[str, Tensor]:
     """Return the undecided votes of each parameter, int16 `[num_elements]`, put together from all owners."""
-    pieces: dict[str, dict[int, Tensor]] = {}
-    for state in states:
+    pieces: dict[str, dict[tuple[int, int], Tensor]] = {}
+    for rank, state in enumerate(states):
         for (name, start, _), value in state["owner"].items():
             if value.dtype == torch.int16:  # standing ballots are planes, uint8
-                pieces.setdefault(name, {})[start] = value
-    return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()}
+                pieces.setdefault(name, {})[rank % per_node, start] = value
+    return {name: torch.cat([parts[place] for place in sorted(parts)]) for name, parts in pieces.items()}
 
 
 def _owned(
-    undecided: Mapping[str, Tensor], names: list[str], rank: int, world_size: int
+    undecided: Mapping[str, Tensor], names: list[str], voter: int, num_voters: int, column: int, num_columns: int
 ) -> dict[tuple[str, int, int], Tensor]:
     found = {}
     for index, name in enumerate(names):
-        if name in undecided:
-            for owner, a, b in shards(Shape(index, undecided[name].numel()), world_size):
-                if owner == rank:
-                    found[name, a, b - a] = undecided[name][a:b].clone()
+        if name not in undecided:
+            continue
+        first, last = _bounds(index, undecided[name].numel(), column, num_columns)
+        for owner, a, b in shards(Shape(index, last - first), num_voters):
+            if owner == voter and b > a:
+                found[name, a, b - a] = undecided[name][first + a : first + b].clone()
     return found

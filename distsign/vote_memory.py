@@ -119,6 +119,7 @@ class VoteMemory:
             "voter": {name: self.voter.kept(row) for name, row in names.items() if row < known},
             "owner": {(name_of[row], start, length): value for (row, start, length), value in kept.items()},
             "num_voters": self.num_voters,
+            "ranks_per_node": self._options.ranks_per_node,
             "admission": self.admission.state_dict(),
             "steering": self.steering.state_dict(names),
             "ladder": None if self.ladder is None else self.ladder.state_dict(names),
@@ -133,14 +134,9 @@ class VoteMemory:
             lengths: see `grow`.
 
         Raises:
-            ValueError: if owners keep what other owners would have to.
+            ValueError: if owners, or ranks of a node, keep what others would have to.
         """
-        if state["owner"] and state["num_voters"] != self.num_voters:
-            raise ValueError(
-                f"the checkpoint was written by {state['num_voters']} ranks, and owners keep undecided votes, but now "
-                f"there are {self.num_voters}: give all ranks' states to distsign.reshard(states, {self.num_voters}) "
-                "first"
-            )
+        self._require_voters(state)
         device = self.voter.stats.device
         self._forget()
         self.grow(lengths, device)
@@ -155,3 +151,16 @@ class VoteMemory:
         # There is none of a state under other options, or of an earlier version's before its first step.
         if self.ladder is not None and state["ladder"] is not None:
             self.ladder.load_state_dict(state["ladder"], names)
+
+    def _require_voters(self, state: Mapping[str, Any]) -> None:
+        per_node, then = self._options.ranks_per_node, state.get("ranks_per_node", self._options.ranks_per_node)
+        if then == per_node and (not state["owner"] or state["num_voters"] == self.num_voters):
+            return
+        written = f"{state['num_voters']} ranks" if then == 1 else f"{state['num_voters']} nodes of {then} ranks"
+        now = f"{self.num_voters}" if per_node == 1 else f"{self.num_voters} nodes of {per_node}"
+        call = f"{self.num_voters * per_node}" + f", ranks_per_node={per_node}" * (per_node > 1)
+        what = "owners keep undecided votes" if then == per_node else "each keeps its share"
+        raise ValueError(
+            f"the checkpoint was written by {written}, and {what}, but now there are {now}: give all ranks' states to "
+            f"distsign.reshard(states, {call}) first"
+        )

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from distsign import SignVoteState, sign_vote_hook
+from distsign import SignVoteState, reshard, sign_vote_hook
 from distsign.rivals import RIVALS, Rival
 from distsign.traffic import ring_all_reduce_bytes
 from launch.schemes import make_confidence
@@ -72,6 +72,13 @@ class Combiner(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
 
+    def reshard(self, states: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
+        """Return states for another number of ranks, made of those of all ranks that there were.
+
+        Raises:
+            ValueError: if there is no way to.
+        """
+
     def close(self) -> None:
         """Give back what it holds of the process group; nothing else may be asked of it afterwards."""
 
@@ -103,6 +110,12 @@ class RivalCombiner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Combiner`."""
         self._rival.load_state_dict(state)
+
+    def reshard(self, states: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
+        """See `Combiner`."""
+        if any(states):
+            raise ValueError(f"the checkpoint was written by {len(states)} ranks, start as many, not {world_size}")
+        return [{} for _ in range(world_size)]
 
     def close(self) -> None:
         """See `Combiner`."""
@@ -140,6 +153,10 @@ class SignVote:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Combiner`."""
         self.state.load_state_dict(state)
+
+    def reshard(self, states: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
+        """See `Combiner`."""
+        return reshard(states, world_size, self.state.ranks_per_node)
 
     def close(self) -> None:
         """See `Combiner`."""

@@ -34,12 +34,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from distsign import ReplicaCheck, ReplicaError, VoteError, reshard
+from distsign import ReplicaCheck, ReplicaError, VoteError
 from distsign.kernels import kernels_for
 from distsign.wire import PayloadError
 from launch import check, checkpoint
 from launch.data import DataError
-from launch.hooks import SIGN_VOTE, Combiner, SignVote, Traffic, bucket_cap_mb, register_hook
+from launch.hooks import Combiner, SignVote, Traffic, bucket_cap_mb, register_hook
 from launch.metrics import MetricsFile, describe_machine
 from launch.options import TrainOptions, UsageError, as_typed, exit_with, parse_options
 from launch.runtime import RankLostError, Ranks, agree, choose_device, start, watch
@@ -341,16 +341,14 @@ class Trainer:
     def _inherited(self, owns: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what this rank takes over from another number of ranks."""
         rank, world_size = self.ranks.rank, self.ranks.world_size
-        hooks = [own["hook"] for own in owns]
-        if any(hooks) and self.options.hook != SIGN_VOTE:
-            raise UsageError(
-                f"what --hook {self.options.hook} keeps cannot be cut anew: the checkpoint was written by {len(owns)} "
-                f"ranks, start as many, not {world_size}"
-            )
+        try:
+            hook = self.combiner.reshard([own["hook"] for own in owns], world_size)[rank]
+        except ValueError as error:
+            raise UsageError(f"what --hook {self.options.hook} keeps cannot be cut anew: {error}") from error
         heirs = owns[rank::world_size]
         return {
             **owns[rank % len(owns)],
-            "hook": reshard(hooks, world_size)[rank] if any(hooks) else {},
+            "hook": hook,
             "loss_sum": sum(own["loss_sum"] for own in heirs),
             "num_losses": sum(own["num_losses"] for own in heirs),
         }

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from distsign.kernels import CarryRule, Memory, Spans, SparseCode, cuda
-from distsign.kernels.triton_bits import OPTIONS
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from distsign.kernels import CarryRule, Memory, Spans, SparseCode, cuda  # noqa: E402
+from distsign.kernels.triton_bits import OPTIONS  # noqa: E402
 
 ARCHITECTURES = (75, 80, 90)
 TYPES = {

@@ -13,35 +13,52 @@ from distsign.layout import Shape, shards
 SIZES = {"weight": 5000, "bias": 7, "big": 4097}
 
 
-def states_of(world_size: int, *, kind: str = "plain") -> list[dict[str, Any]]:
+def shares(index: int, n: int, per_node: int) -> list[tuple[int, int]]:
+    """Return where each rank of a node has its share of a parameter."""
+    found = [(0, 0)] * per_node
+    for column, a, b in shards(Shape(index, n), per_node):
+        found[column] = (a, b)
+    return found
+
+
+def states_of(world_size: int, per_node: int = 1, *, kind: str = "plain") -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(world_size)
-    states = []
+    states, num_voters = [], world_size // per_node
     for rank in range(world_size):
-        owner = {}
+        owner, voter = {}, {}
         for index, (name, n) in enumerate(SIZES.items()):
-            for k, a, b in shards(Shape(index, n), world_size):
-                if k == rank and kind == "plain":
+            first, last = shares(index, n, per_node)[rank % per_node]
+            size = last - first
+            for k, a, b in shards(Shape(index, size), num_voters):
+                if k == rank // per_node and b > a and kind == "plain":
                     owner[name, a, b - a] = torch.randint(-3, 4, (b - a,), generator=generator, dtype=torch.int16)
-                elif k == rank:
-                    owner[name, a, b - a] = torch.ones(world_size, 2, (b - a + 7) // 8, dtype=torch.uint8)
-        voter = {
-            name: {
+                elif k == rank // per_node and b > a:
+                    owner[name, a, b - a] = torch.ones(num_voters, 2, (b - a + 7) // 8, dtype=torch.uint8)
+            voter[name] = {
                 "stats": torch.tensor([float(rank)], dtype=torch.float64),
-                "carry": torch.randint(-9, 9, (n,), generator=generator).float(),
-                "square": torch.rand(n, generator=generator),
+                "carry": torch.randint(-9, 9, (size,), generator=generator).float(),
+                "square": torch.rand(size, generator=generator),
             }
-            for name, n in SIZES.items()
-        }
-        traffic = {"sent_bytes": 10 + rank}
-        states.append(
-            {"voter": voter, "owner": owner, "num_voters": world_size, "traffic": traffic, "counts": {"a": 1}}
-        )
+        state = {"voter": voter, "owner": owner, "num_voters": num_voters, "ranks_per_node": per_node}
+        states.append({**state, "traffic": {"sent_bytes": 10 + rank}, "counts": {"a": 1}})
     return states
 
 
-def whole(states: list[dict[str, Any]], name: str) -> torch.Tensor:
-    parts = {start: v for s in states for (n, start, _), v in s["owner"].items() if n == name}
-    return torch.cat([parts[start] for start in sorted(parts)])
+def whole(states: list[dict[str, Any]], name: str, per_node: int = 1) -> torch.Tensor:
+    """Return the undecided votes of a parameter, of all ranks of all nodes."""
+    parts = {
+        (rank % per_node, start): v
+        for rank, s in enumerate(states)
+        for (n, start, _), v in s["owner"].items()
+        if n == name
+    }
+    return torch.cat([parts[place] for place in sorted(parts)])
+
+
+def carried(states: list[dict[str, Any]], name: str, per_node: int) -> torch.Tensor:
+    """Return the sum over the nodes of what their ranks together have not sent."""
+    nodes = [states[k : k + per_node] for k in range(0, len(states), per_node)]
+    return torch.stack([torch.cat([s["voter"][name]["carry"] for s in node]) for node in nodes]).sum(0)
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 2), (4, 3), (2, 4), (3, 3), (1, 5), (5, 1)])
@@ -50,14 +67,42 @@ def test_what_is_kept_is_conserved_in_sum(old: int, new: int) -> None:
     after = reshard(before, new)
     assert len(after) == new
     for index, (name, n) in enumerate(SIZES.items()):
-        carried = [sum(s["voter"][name]["carry"] for s in states) for states in (before, after)]
-        assert torch.equal(*carried), name
+        assert torch.equal(carried(before, name, 1), carried(after, name, 1)), name
         assert torch.equal(whole(before, name), whole(after, name))
         for rank, state in enumerate(after):
             mine = {(a, b - a) for k, a, b in shards(Shape(index, n), new) if k == rank}
             assert {(a, length) for (found, a, length) in state["owner"] if found == name} == mine
             assert (state["voter"][name]["square"] > 0).any()
     assert {state["num_voters"] for state in after} == {new}
+
+
+@pytest.mark.parametrize(
+    ("old", "old_per_node", "new", "new_per_node"),
+    [(4, 2, 6, 2), (6, 3, 4, 2), (4, 2, 3, 1), (3, 1, 8, 4), (4, 4, 4, 2)],
+)
+def test_what_nodes_keep_is_conserved_in_sum(old: int, old_per_node: int, new: int, new_per_node: int) -> None:
+    before = states_of(old, old_per_node)
+    after = reshard(before, new, new_per_node)
+    assert len(after) == new
+    for index, (name, n) in enumerate(SIZES.items()):
+        assert torch.equal(carried(before, name, old_per_node), carried(after, name, new_per_node)), name
+        assert torch.equal(whole(before, name, old_per_node), whole(after, name, new_per_node)), name
+        for rank, state in enumerate(after):
+            a, b = shares(index, n, new_per_node)[rank % new_per_node]
+            assert state["voter"][name]["carry"].numel() == state["voter"][name]["square"].numel() == b - a
+            assert (state["voter"][name]["square"] > 0).all()
+    assert {(s["num_voters"], s["ranks_per_node"]) for s in after} == {(new // new_per_node, new_per_node)}
+
+
+def test_states_as_they_were_come_back() -> None:
+    for per_node in (1, 2):
+        before = states_of(4, per_node)
+        after = reshard(before, 4, per_node)
+        for old, new in zip(before, after, strict=True):
+            assert old["owner"].keys() == new["owner"].keys()
+            assert all(torch.equal(old["owner"][key], new["owner"][key]) for key in old["owner"])
+            for name, kept in old["voter"].items():
+                assert all(torch.equal(kept[key], new["voter"][name][key]) for key in ("carry", "square")), name
 
 
 def test_standing_ballots_are_dropped() -> None:
@@ -67,5 +112,9 @@ def test_standing_ballots_are_dropped() -> None:
 def test_a_part_of_a_run_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got 2 states of a vote among \[3\]"):
         reshard(states_of(3)[:2], 2)
+    with pytest.raises(ValueError, match=r"got 3 states of a vote among \[2\] nodes of 2 ranks"):
+        reshard(states_of(4, 2)[:3], 2)
     with pytest.raises(ValueError, match="got 0 states"):
         reshard([], 2)
+    with pytest.raises(ValueError, match="world_size=3 and ranks_per_node=2"):
+        reshard(states_of(3), 3, 2)

@@ -49,9 +49,21 @@ def test_a_run_goes_on_bit_for_bit_from_any_step(rank_pool: Pools, tmp_path: Pat
 ELASTIC = replace(CARRY, options={"owner_carry": "plain", "margin": 2})
 
 
-def undecided(states: list[dict[str, Any]], name: str) -> Tensor:
-    parts = {start: value for state in states for (n, start, _), value in state["owner"].items() if n == name}
-    return torch.cat([parts[start] for start in sorted(parts)])
+def undecided(states: list[dict[str, Any]], name: str, per_node: int = 1) -> Tensor:
+    parts = {
+        (rank % per_node, start): value
+        for rank, state in enumerate(states)
+        for (n, start, _), value in state["owner"].items()
+        if n == name
+    }
+    return torch.cat([parts[place] for place in sorted(parts)])
+
+
+def unsent(states: list[dict[str, Any]], name: str, per_node: int) -> Tensor:
+    """Return the sum over nodes of what their ranks together have not sent."""
+    nodes = [states[k : k + per_node] for k in range(0, len(states), per_node)]
+    whole = [torch.cat([state["voter"][name]["carry"].double().flatten() for state in node]) for node in nodes]
+    return torch.stack(whole).sum(0)
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 4), (4, 3)])
@@ -71,6 +83,25 @@ def test_another_number_of_ranks_takes_over_what_the_carries_held(
     for taken_over, _ in loaded:
         assert taken_over["digest"] == saved[0]["digest"]
         assert not jobs.paths(taken_over["optimizer"], saved[0]["optimizer"])
+
+
+@pytest.mark.parametrize(("old", "old_per_node", "new", "new_per_node"), [(4, 2, 8, 2), (4, 2, 3, 1), (2, 1, 4, 2)])
+def test_other_nodes_take_over_what_the_carries_held(
+    rank_pool: Pools, tmp_path: Path, old: int, old_per_node: int, new: int, new_per_node: int
+) -> None:
+    def case(per_node: int) -> Case:
+        nodes = {} if per_node == 1 else {"exchange": "hierarchical", "ranks_per_node": per_node}
+        return replace(ELASTIC, options={**ELASTIC.options, **nodes})
+
+    folder = str(tmp_path / "step-5")
+    saved = rank_pool(old).run(jobs.train_and_save, case(old_per_node), folder)
+    loaded = rank_pool(new).run(jobs.load_elsewhere, case(new_per_node), folder)
+    assert len({end for _, end in loaded}) == 1
+    before, after = [each["vote"] for each in saved], [taken_over["vote"] for taken_over, _ in loaded]
+    for name in before[0]["voter"]:
+        carried = unsent(before, name, old_per_node), unsent(after, name, new_per_node)
+        assert torch.allclose(*carried, atol=1e-5) and (carried[0].any() or carried[0].numel() < 20), name
+        assert torch.equal(undecided(before, name, old_per_node), undecided(after, name, new_per_node)), name
 
 
 def test_a_missing_shard_is_named_on_all_ranks(rank_pool: Pools, tmp_path: Path) -> None:
