@@ -25,7 +25,10 @@ from distsign.kernels import kernels_for
 from distsign.options import VoteOptions
 from distsign.pipeline import VotePipeline
 from distsign.registry import ParameterRegistry
+from distsign.rivals import RIVALS, make_rival
+from distsign.rivals.base import HookRival, Piece
 from distsign.statistics import VoteCounts
+from tests.optim_cases import VARIANTS, build
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -116,15 +119,16 @@ class WithoutCUDA(TorchFunctionMode):
             return getattr(torch.ops.aten, name)(*args, **kwargs)
 
     @staticmethod
-    def to(tensor: Tensor, *wanted: Any, non_blocking: bool = False) -> Tensor:
-        device, dtype = tensor.device, tensor.dtype
+    def to(tensor: Tensor, *wanted: Any, non_blocking: bool = False, **named: Any) -> Tensor:
+        device, dtype = named.get("device", tensor.device), named.get("dtype", tensor.dtype)
         for each in wanted:
             if isinstance(each, Tensor):
                 device, dtype = each.device, each.dtype
             elif isinstance(each, torch.dtype):
                 dtype = each
             else:
-                device = torch.device(each)
+                device = each
+        device = torch.device(device)
         if device == tensor.device and dtype == tensor.dtype:
             return tensor
         copied: Tensor = torch.ops.aten._to_copy(tensor, dtype=dtype, device=device, non_blocking=non_blocking)
@@ -153,7 +157,7 @@ class WithoutCUDA(TorchFunctionMode):
         if func is Tensor.__getitem__:
             return tensor if indices is None else torch.ops.aten.index.Tensor(tensor, indices)
         if indices is not None:
-            return tensor.index_put_(indices, args[2])
+            return tensor.index_put_(indices, torch.as_tensor(args[2], dtype=tensor.dtype))
         return torch.ops.aten.copy_(tensor, args[2]) if isinstance(args[2], Tensor) else tensor.fill_(args[2])
 
 
@@ -273,3 +277,36 @@ def test_what_waits_is_noticed() -> None:
         torch.ones(3).to(DEVICE, non_blocking=True)
         torch.empty(3, device=DEVICE).copy_(torch.ones(3))
     assert len(waits.found) == 2
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_optimizers_wait_for_nothing(name: str) -> None:
+    parameters = [torch.nn.Parameter(torch.empty(shape, device=DEVICE)) for shape in SHAPES]
+    optimizer = build(name, parameters)
+
+    def one_step() -> None:
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+
+    one_step()
+    with Waits() as waits:
+        one_step()
+        one_step()
+    assert waits.found == []
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize(
+    "name", [name for name in RIVALS if isinstance(make_rival(name), HookRival) and name != "qsgd"]
+)
+def test_the_rivals_fit_together(name: str) -> None:
+    """QSGD codes on the CPU what it has drawn, and cannot be followed without data."""
+    rival = make_rival(name)
+    assert isinstance(rival, HookRival)
+    for _ in range(3):
+        pieces = [Piece(f"p{k}", torch.empty(shape, device=DEVICE)) for k, shape in enumerate(SHAPES)]
+        rival.combine(pieces, Silent(4))
+        assert all(piece.gradient.device == DEVICE for piece in pieces)
+        rival.step += 1

@@ -38,9 +38,8 @@ class TernGrad(StochasticRival, GatheringRival):
     def encode(self, name: str, gradient: Tensor) -> Tensor:
         """See `GatheringRival`."""
         if self.clip:
-            limit = self.clip * gradient.std(correction=0).item()
-            if limit > 0:
-                gradient = gradient.clamp(-limit, limit)
+            limit = self.clip * gradient.std(correction=0)
+            gradient = torch.where(limit > 0, gradient.clamp(-limit, limit), gradient)
         scale = gradient.abs().max()
         chosen = self.uniform(name, gradient) * scale < gradient.abs()
         return torch.cat([float_bytes(scale), pack_bits(chosen), pack_bits(gradient > 0)])
