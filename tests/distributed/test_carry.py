@@ -69,7 +69,9 @@ def test_a_resumed_run_repeats_an_unbroken_one(rank_pool: Pools, name: str) -> N
     rank_pool(3).run(jobs.resume_with_carries, CASES[name])
 
 
-@pytest.mark.parametrize("more", [{}, {"owner_carry": True}, {"bits_per_param": 0.3, "owner_carry": True}])
+@pytest.mark.parametrize(
+    "more", [{"owner_carry": True}, {"owner_carry": "standing"}, {"bits_per_param": 0.3, "owner_carry": True}]
+)
 def test_a_resumed_run_in_nodes_repeats_an_unbroken_one(rank_pool: Pools, more: dict[str, Any]) -> None:
     """Each rank of a node keeps its own share, which is known before ranks have met."""
     options = {"exchange": "hierarchical", "ranks_per_node": 2, **more}
