@@ -76,7 +76,9 @@ def save(
         raise ValueError(f"{folder} holds a checkpoint already: give each checkpoint a folder of its own")
     rank = rank_in(process_group)
     content = {
-        key: {entry_of(rank): _packed(value.state_dict())} if isinstance(value, SignVoteState) else value
+        key: {entry_of(rank, value.ranks_per_node): _packed(value.state_dict())}
+        if isinstance(value, SignVoteState)
+        else value
         for key, value in state_dict.items()
     }
     with _in_one_line(folder, "written"):
@@ -114,8 +116,8 @@ def load(
     """
     folder, rank, world_size = Path(checkpoint_id), rank_in(process_group), world_size_of(process_group)
     _alike(lambda: verify_or_offer(folder, rank, world_size), process_group)
-    votes = {key for key, value in state_dict.items() if isinstance(value, SignVoteState)}
-    planner = Planner(set(state_dict), votes, rank, world_size)
+    votes = {key: value.ranks_per_node for key, value in state_dict.items() if isinstance(value, SignVoteState)}
+    planner = Planner(set(state_dict), {key: entry_of(rank, each) for key, each in votes.items()}, world_size)
     found: dict[str, Any] = {}
     with _in_one_line(folder, "loaded"):
         load_distributed(
@@ -131,7 +133,8 @@ def load(
         raise CheckpointError(f"{folder} has no {missing[0]!r}: it has {', '.join(sorted(planner.names))}")
     for key, value in state_dict.items():
         if isinstance(value, SignVoteState):
-            state = _own_state(folder, key, loaded[key], rank, world_size, value.ranks_per_node)
+            states = _states(folder, key, loaded[key])
+            state = states[0] if key in planner.own else reshard(states, world_size, votes[key])[rank]
             value.load_state_dict(state)
         elif isinstance(value, torch.optim.Optimizer):
             value.load_state_dict(_with_numbers(loaded[key]))
@@ -151,19 +154,15 @@ def _packed(state: dict[str, Any]) -> Tensor:
     return torch.frombuffer(data.getbuffer(), dtype=torch.uint8)
 
 
-def _own_state(
-    folder: Path, key: str, entries: dict[str, Tensor], rank: int, world_size: int, ranks_per_node: int
-) -> dict[str, Any]:
-    """Return the state of this rank's votes, out of its own or of those of all ranks that wrote them."""
+def _states(folder: Path, key: str, entries: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Return the states of votes that were read, in order of the ranks that wrote them."""
     if not all(name.startswith("rank ") for name in entries):
         raise CheckpointError(f"{folder}: {key!r} was not a SignVoteState when it was saved")
-    states: dict[str, dict[str, Any]] = {
-        name: torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
-        for name, packed in entries.items()
-    }
-    if set(states) == {entry_of(rank)}:
-        return states[entry_of(rank)]
-    return reshard([states[entry_of(k)] for k in range(len(states))], world_size, ranks_per_node)[rank]
+    in_order = sorted(entries, key=lambda name: int(name.removeprefix("rank ").partition(",")[0]))
+    return [
+        torch.load(io.BytesIO(entries[name].numpy().tobytes()), map_location="cpu", weights_only=True)
+        for name in in_order
+    ]
 
 
 def _with_numbers(state: dict[str, Any]) -> dict[str, Any]:

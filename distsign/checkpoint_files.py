@@ -9,7 +9,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or loaded; the message names the file and the reason."""
 
 
-def entry_of(rank: int) -> str:
-    """Return the name under which a rank keeps what it has for itself."""
-    return f"rank {rank}"
+def entry_of(rank: int, ranks_per_node: int = 1) -> str:
+    """Return the name under which a rank keeps what it has for itself, of which it may have a node's share."""
+    return f"rank {rank}" if ranks_per_node == 1 else f"rank {rank}, {ranks_per_node} a node"
 
 
 # ------------------------------------------------------------------------------------------------- digests and damage
@@ -165,15 +165,19 @@ class Planner(DefaultLoadPlanner):
 
     Args:
         wanted: the names.
-        votes: those of them that each rank keeps for itself.
-        rank: this rank.
-        world_size: number of ranks; where as many have written, each reads its own alone.
+        votes: for those of them that each rank keeps for itself, this rank's entry.
+        world_size: number of ranks; where as many have written in the same nodes, each reads its own alone.
+
+    Attributes:
+        names: that there are.
+        own: those of `votes` of which this rank's own entry alone is read.
     """
 
-    def __init__(self, wanted: set[str], votes: set[str], rank: int, world_size: int) -> None:
+    def __init__(self, wanted: set[str], votes: Mapping[str, str], world_size: int) -> None:
         super().__init__(flatten_state_dict=False)
-        self._wanted, self._votes, self._rank, self._world_size = wanted, votes, rank, world_size
+        self._wanted, self._votes, self._world_size = wanted, votes, world_size
         self.names: set[str] = set()
+        self.own: set[str] = set()
         self._paths: dict[str, Sequence[str | int]] = {}
 
     def set_up_planner(
@@ -183,9 +187,12 @@ class Planner(DefaultLoadPlanner):
         assert metadata is not None
         paths: dict[str, Sequence[str | int]] = metadata.planner_data
         self.names = {str(path[0]) for path in paths.values()}
-        num_entries = {name: sum(path[0] == name for path in paths.values()) for name in self._votes}
+        for name, mine in self._votes.items():
+            entries = {path[1] for path in paths.values() if path[0] == name and len(path) > 1}
+            if mine in entries and len(entries) == self._world_size:
+                self.own.add(name)
         for full_name, path in paths.items():
-            is_anothers = num_entries.get(str(path[0])) == self._world_size and path[1:] != (entry_of(self._rank),)
+            is_anothers = path[0] in self.own and path[1] != self._votes[str(path[0])]
             if path[0] in self._wanted and not is_anothers:
                 entry = metadata.state_dict_metadata[full_name]
                 self._paths[full_name] = path

@@ -42,7 +42,7 @@ def _joined(argv: Sequence[str]) -> list[str]:
     """Join `--link -1gbit`, which argparse takes for two options, so that the bandwidth is refused and not the word."""
     found: list[str] = []
     for word in argv:
-        if re.match(r"-\.?\d", word) and found and found[-1].startswith("--") and "=" not in found[-1]:
+        if re.match(r"-\.?\d", word) and found and re.fullmatch(r"--[^=]+", found[-1]):
             found[-1] += f"={word}"
         else:
             found.append(word)
@@ -152,17 +152,19 @@ def _possible(step: Callable[[Scheme], Step], schemes: Iterable[Scheme]) -> Iter
 
 
 def _cluster(options: argparse.Namespace, profile: Profile) -> Cluster:
-    if not options.link and profile.link is None:
+    bandwidth: float | None = options.link
+    if bandwidth is None and profile.link is not None:
+        bandwidth = profile.link.bandwidth_bytes_per_s
+    if bandwidth is None:
         raise ValueError("the link's bandwidth is not known: give --link, such as --link 1gbit, or a --profile")
-
-    def link(measured: Link, bandwidth: float | None, latency: float | None) -> Link:
-        return Link(bandwidth or measured.bandwidth_bytes_per_s, measured.latency_s if latency is None else latency)
-
+    latency = profile.latency_s if options.latency is None else options.latency
+    inner = profile.node_link
+    node_latency = inner.latency_s if options.node_latency is None else options.node_latency
     return Cluster(
         options.workers,
-        link(profile.link or Link(options.link, profile.latency_s), options.link, options.latency),
+        Link(bandwidth, latency),
         options.per_node,
-        link(profile.node_link, options.node_link, options.node_latency),
+        Link(options.node_link or inner.bandwidth_bytes_per_s, node_latency),
         options.per_machine,
     )
 

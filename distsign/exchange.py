@@ -61,6 +61,9 @@ class VoteExchange:
         checksum: whether payloads end with one. A payload that is damaged then poisons the step, and all ranks learn
             of it by `tell` and `agree`.
         admission: whose ballots this rank counts; None: everybody's.
+
+    Attributes:
+        admission: likewise.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class VoteExchange:
             self._node = self._all.part(nodes)
             columns = [ranks[k::ranks_per_node] for k in range(ranks_per_node)]
             self._voters = self._all.part(columns) if len(nodes) > 1 else Link(None)
-        self._admission = admission or Admission(self._voters.world_size)
+        self.admission = admission or Admission(self._voters.world_size)
         # On CUDA a header that does not fit is found without waiting for the device; it poisons the step at once and is
         # reported by `raise_if_mismatched`.
         self._mismatch: Tensor | None = None
@@ -192,7 +195,7 @@ class VoteExchange:
         own = ballots.sizes[self.rank]
         found = self._voters.all_to_all(buffer, list(ballots.sizes), [own] * self.num_voters, "ballots to their owners")
         received = found.view(self.num_voters, own)
-        poisoned = self._admission.poison(self._check(ballots, {self.rank: received}, self.local_rank))
+        poisoned = self.admission.poison(self._check(ballots, {self.rank: received}, self.local_rank))
         payload = self._count(ballots, verdicts, self.rank, received, poisoned, owner, starts, kernels)
         return self._voters.share(payload, verdicts.sizes, "verdicts to all ranks")
 
@@ -213,7 +216,7 @@ class VoteExchange:
         received = self._voters.all_gather(buffer, "ballots to all ranks")
         parts = [part.contiguous() for part in torch.split(received, list(ballots.sizes), dim=1)]
         sent = self._check(ballots, dict(enumerate(parts)), self.local_rank).view(len(parts), self.num_voters).any(0)
-        poisoned = self._admission.poison(sent)
+        poisoned = self.admission.poison(sent)
         payloads = []
         for k, mine in enumerate(parts):
             payloads.append(self._count(ballots, verdicts, k, mine, poisoned, owner, starts, kernels))
@@ -233,10 +236,10 @@ class VoteExchange:
     ) -> Tensor:
         """Turn all workers' payloads on one shard into the payload of its verdicts."""
         most = 0
-        if self._admission.max_density is not None:
-            most = int(caps_at(self._admission.max_density, ballots.layout.owned(shard)[0].length).sum())
-        found = self._admission.admit(ballots.open(shard, received), most, kernels)
-        mean = self._admission.mean(found.raw)
+        if self.admission.max_density is not None:
+            most = int(caps_at(self.admission.max_density, ballots.layout.owned(shard)[0].length).sum())
+        found = self.admission.admit(ballots.open(shard, received), most, kernels)
+        mean = self.admission.mean(found.raw)
         if mean.numel():  # finite numbers may well have an infinite sum
             poisoned = poisoned | ~mean.isfinite().all()
         planes, too_many, ok = owner.count(found, ballots.layout, shard, verdicts.caps, starts, kernels)
@@ -311,14 +314,14 @@ class VoteExchange:
         """
         damage, self._damage = self._damage, torch.zeros_like(self._damage)
         word = [damage.view(1).view(torch.uint8)] * self._checksum
-        word += [self._admission.seen.to(torch.uint8)] * self._tells_poison
+        word += [self.admission.seen.to(torch.uint8)] * self._tells_poison
         if word:
             mine = torch.cat(word)
             self._word = self._voters.begin_share(mine, [mine.numel()] * self.num_voters, "word of damage and poison")
 
     @property
     def _tells_poison(self) -> bool:
-        return self._admission.max_poison_streak is not None and self.kind != "all_gather"
+        return self.admission.max_poison_streak is not None and self.kind != "all_gather"
 
     def agree(self) -> Tensor:
         """Let all ranks learn, at the end of a step, whose payload came damaged, and who sent poison to anybody.
@@ -334,7 +337,7 @@ class VoteExchange:
             PayloadError: on the CPU, on all ranks alike, if a payload came damaged; it names who wrote it and who got
                 it. On CUDA, where this would wait, `raise_if_mismatched` says so later.
         """
-        seen, damage = self._admission.seen, torch.zeros_like(self._damage)
+        seen, damage = self.admission.seen, torch.zeros_like(self._damage)
         word, self._word = self._word, None
         assert (word is None) == (not self._checksum and not self._tells_poison), "agree comes after tell"
         if word is not None:
@@ -351,7 +354,7 @@ class VoteExchange:
                 seen = of_node[:, split:].amax(0) != 0
         if self._checksum:
             self._require_undamaged(damage)
-        self._admission.commit(seen)
+        self.admission.commit(seen)
         return (damage != 0).any()
 
     def _require_undamaged(self, everyones: Tensor) -> None:

@@ -165,7 +165,7 @@ class SignVoteState:
                 ranks do not divide into nodes.
         """
         if self._options.bits_per_param is not None:
-            self._settle()
+            self._meet()
 
     def lr_scale(self, parameter: Tensor) -> float | Tensor:
         """Return the factor on this step's learning rate for a parameter, alike on all ranks.
@@ -238,7 +238,7 @@ class SignVoteState:
                 f"the checkpoint was written with {state_dict['confidence']}, whose statistics mean nothing to "
                 f"{self._options.confidence!r}: use the confidence function that the checkpoint was written with"
             )
-        self._settle()
+        self._meet()
         self._pipeline.load_state_dict(state_dict, names)
         self._counts.load_state_dict(state_dict["counts"])
         self._counted_before = ExchangeBytes(**state_dict["traffic"])
@@ -328,9 +328,9 @@ class SignVoteState:
             )
         self._pipeline.start(exchange)
 
-    def _settle(self) -> None:
+    def _meet(self) -> None:
         """Let the pipeline know this rank's place among all, before ranks have met."""
-        self._pipeline.settle(self._num_nodes(), rank_in(self.process_group) % self._options.ranks_per_node)
+        self._pipeline.meet(self._num_nodes(), rank_in(self.process_group) % self._options.ranks_per_node)
 
     def _num_nodes(self) -> int:
         num_ranks, per_node = world_size_of(self.process_group), self._options.ranks_per_node

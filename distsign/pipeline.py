@@ -25,7 +25,7 @@ from distsign.kernels import kernels_for
 from distsign.layout import IntArray
 from distsign.options import VoteOptions
 from distsign.plan import Column, Plan, fills_group
-from distsign.planner import Planner
+from distsign.planner import GroupPlanner
 from distsign.registry import ParameterRegistry, VoteError
 from distsign.sizes import Density, caps_at
 from distsign.statistics import VoteCounts
@@ -67,7 +67,7 @@ class VotePipeline:
         self.num_local_steps = 0
         self._registry = registry
         self._counts = counts
-        self._planner = Planner(options, registry)
+        self._planner = GroupPlanner(options, registry)
         self._thread = ExchangeThread("distsign-exchange")
         self._column = 0
         self._group: list[_Bucket] = []
@@ -96,19 +96,24 @@ class VotePipeline:
 
     # ----------------------------------------------------------------------------------------------- on DDP's thread
 
-    def settle(self, num_voters: int, column: int) -> None:
+    def meet(self, num_voters: int, column: int) -> None:
         """Take so many voters, this rank's number in its node, and all parameters known by now into account.
 
         Raises:
-            ValueError: see `Planner.settle`.
+            ValueError: see `VoteMemory.meet` and `GroupPlanner.meet`.
         """
         self.memory.meet(num_voters)
-        self._planner.settle(num_voters)
+        self._planner.meet(num_voters)
         self._column = column
 
     def start(self, exchange: VoteExchange) -> None:
-        """Begin to vote, before the first bucket; all ranks agree on the options by then."""
-        self.settle(exchange.num_voters, exchange.local_rank)
+        """Begin to vote, before the first bucket; all ranks agree on the options by then.
+
+        Args:
+            exchange: with the admission that `memory` has since `meet`.
+        """
+        self.meet(exchange.num_voters, exchange.local_rank)
+        assert exchange.admission is self.memory.admission
         self.exchange = exchange
         self.started = True
 
@@ -163,11 +168,13 @@ class VotePipeline:
         if (len(self._registry), device) == self._room:
             return
         self._room = len(self._registry), device
-        # Ballots may just be cast, out of what is about to move.
+        self._await_votes()  # they may just be cast, out of what is about to move
+        self.memory.grow(self._planner.voted_lengths(self._column), device)
+
+    def _await_votes(self) -> None:
         self._thread.wait()
         if self._stream is not None:
-            torch.cuda.current_stream(device).wait_stream(self._stream)
-        self.memory.grow(self._planner.voted_lengths(self._column), device)
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def _add_l2(self, bucket: GradBucket, scale: Tensor) -> None:
         for gradient, parameter in zip(bucket.gradients(), bucket.parameters(), strict=True):
@@ -177,8 +184,7 @@ class VotePipeline:
 
     def plan(self, buckets: tuple[tuple[int, ...], ...], device: torch.device) -> Plan:
         """Return how an exchange group of buckets, each the rows of its parameters in order, is dealt out."""
-        homes = [self.memory.voter.home(row) for row in range(len(self._registry))]
-        return self._planner.plan(buckets, homes, self.density, device)
+        return self._planner.plan(buckets, self.memory.voter.home, self.density, device)
 
     def _flush(self, scale: Tensor, *, is_last: bool) -> None:
         """Cast the ballots of the buckets that have gathered, and send them on their way."""
@@ -197,8 +203,8 @@ class VotePipeline:
         if device.type == "cpu":
             self._thread.submit(job)
         else:
-            kept = [] if ballots is None else [ballots]
-            self._run_beside(job, [scale, *kept, *(bucket.gradient for bucket in group)])
+            used = [scale, self._poisoned, self._unfit, self.memory.admission.seen, *(each.gradient for each in group)]
+            self._run_beside(job, used if ballots is None else [*used, ballots])
 
     def cast(self, column: Column, grads: list[Tensor], raw: Tensor, scale: Tensor) -> Tensor:
         """Return the payloads of this rank's ballots on a column's share."""
@@ -235,13 +241,15 @@ class VotePipeline:
     def _run_beside(self, job: Callable[[], None], tensors: list[Tensor]) -> None:
         """Enqueue a job on the side stream, after what the current stream has done; the host does not wait."""
         device = tensors[0].device
+        # What was made on this stream is not to be given away before the side stream has read it.
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             job()
         for tensor in tensors:
-            tensor.record_stream(self._stream)
+            if tensor.device == device:
+                tensor.record_stream(self._stream)
 
     # ------------------------------------------------------------------- on the exchange thread, or the side stream
 
@@ -367,6 +375,7 @@ class VotePipeline:
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def load_state_dict(self, state: Mapping[str, Any], names: Mapping[str, int]) -> None:
-        """Go on from what `memory.state_dict` returned, after `settle`; the parameters are known by name."""
+        """Go on from what `memory.state_dict` returned, after `meet`; the parameters are known by name."""
+        self._await_votes()  # of a step that broke off
         self.memory.load_state_dict(state, names, self._planner.voted_lengths(self._column))
         self._room = None

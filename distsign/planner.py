@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -12,10 +14,10 @@ from distsign.plan import COALESCE_BYTES, Part, Plan, part_of
 from distsign.registry import ParameterRegistry
 from distsign.sizes import Density, density_for
 
-__all__ = ["Planner"]
+__all__ = ["GroupPlanner"]
 
 
-class Planner:
+class GroupPlanner:
     """Make each group's plan once, and give its payloads other sizes where slots have changed.
 
     Args:
@@ -31,8 +33,8 @@ class Planner:
         self._excluded: frozenset[int] = frozenset()
         self._plans: dict[object, tuple[bytes, Plan]] = {}  # of each group, with the densities that it is for
 
-    def settle(self, num_voters: int) -> None:
-        """Fix what is averaged, and how many slots a budget pays for, now that all parameters are known.
+    def meet(self, num_voters: int) -> None:
+        """Fix for so many voters what is averaged and how many slots a budget pays for; all parameters are known.
 
         Raises:
             ValueError: if the budget is too small or too large for them, or `exclude` names one that is not known.
@@ -65,13 +67,17 @@ class Planner:
         return Part(row, self._registry.num_elements(row), voted=row not in self._excluded)
 
     def plan(
-        self, buckets: tuple[tuple[int, ...], ...], homes: list[int], density: Density, device: torch.device
+        self,
+        buckets: tuple[tuple[int, ...], ...],
+        home: Callable[[int], int],
+        density: Density,
+        device: torch.device,
     ) -> Plan:
         """Return how an exchange group is dealt out.
 
         Args:
             buckets: of each bucket, the rows of its parameters in order.
-            homes: of each row, where this rank keeps its share.
+            home: where this rank keeps its share of the parameter in a row.
             density: see `density`.
             device: of the gradients.
         """
@@ -81,7 +87,7 @@ class Planner:
         if plan is None:
             plan = Plan.build(
                 [[self._part(row) for row in rows] for rows in buckets],
-                homes,
+                [home(row) for row in range(len(self._registry))],
                 options.ranks_per_node,
                 self._num_voters,
                 density=density,

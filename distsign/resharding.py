@@ -23,7 +23,8 @@ def reshard(states: Sequence[State], world_size: int, ranks_per_node: int = 1) -
     What the carries hold is conserved in sum: voter j of the new run takes over the unsent gradients of the old voters
     j, j + num_voters, ...; new voters begin with none, and with the mean of squares of an old one. Undecided votes go
     to the new owners of their components. Standing ballots are dropped: their workers are gone. A voter is a rank, or,
-    in the hierarchical exchange, a node, whose ranks each have a share of every parameter.
+    in the hierarchical exchange, a node, whose ranks each have a share of the parameters. A vote by all-gather stays
+    one, if there are no nodes now.
 
     Args:
         states: `SignVoteState.state_dict()` of every old rank, in order.
@@ -41,49 +42,63 @@ def reshard(states: Sequence[State], world_size: int, ranks_per_node: int = 1) -
             f"reshard needs the states of all old ranks and at least one new rank, in nodes of one size: got "
             f"{len(states)} states, world_size={world_size} and ranks_per_node={ranks_per_node}"
         )
-    per_node = states[0].get("ranks_per_node", 1)  # earlier versions did not say
-    voters = {state["num_voters"] for state in states}
-    if {num_voters * per_node for num_voters in voters} != {len(states)}:
-        raise ValueError(
-            f"reshard needs the states of all ranks of one run: got {len(states)} states of a vote among "
-            f"{sorted(voters)}" + f" nodes of {per_node} ranks" * (per_node > 1)
-        )
+    per_node = _nodes_of(states)
     nodes = [_joined(states[k : k + per_node]) for k in range(0, len(states), per_node)]
     undecided = _undecided(states, per_node)
-    num_voters = world_size // ranks_per_node
+    num_voters, nothing = world_size // ranks_per_node, dict.fromkeys(states[0]["traffic"], 0)
+    # Where all ballots go to all ranks, each counts every shard itself.
+    for_all = ranks_per_node == 1 and states[0].get("exchange") == "all_gather"
+    exchange = "hierarchical" if ranks_per_node > 1 else "all_gather" if for_all else "two_phase"
     new: list[dict[str, Any]] = []
-    for rank in range(world_size):
-        voter, column = divmod(rank, ranks_per_node)
+    for voter in range(num_voters):
         heirs = nodes[voter::num_voters] or [nodes[voter % len(nodes)]]
         merged = {name: _merged([heir[name] for heir in heirs], fresh=voter >= len(nodes)) for name in nodes[0]}
-        nothing = dict.fromkeys(states[0]["traffic"], 0)
-        new.append(
-            {
-                **states[0],
-                "traffic": nothing if rank >= len(states) else states[rank]["traffic"],
-                "voter": {
-                    name: _share(kept, index, column, ranks_per_node)
-                    for index, (name, kept) in enumerate(merged.items())
-                },
-                "owner": _owned(undecided, list(merged), voter, num_voters, column, ranks_per_node),
-                "num_voters": num_voters,
-                "ranks_per_node": ranks_per_node,
+        owners = range(num_voters) if for_all else range(voter, voter + 1)
+        for column in range(ranks_per_node):
+            rank = len(new)
+            shares = {
+                name: _share(kept, index, column, ranks_per_node) for index, (name, kept) in enumerate(merged.items())
             }
-        )
+            new.append(
+                {
+                    **states[0],
+                    "traffic": nothing if rank >= len(states) else states[rank]["traffic"],
+                    "voter": shares,
+                    "owner": _owned(undecided, list(merged), owners, num_voters, column, ranks_per_node),
+                    "num_voters": num_voters,
+                    "ranks_per_node": ranks_per_node,
+                    "exchange": exchange,
+                }
+            )
     return new
+
+
+def _nodes_of(states: Sequence[State]) -> int:
+    """Return how many ranks made a node in the run of which these are all states."""
+    kinds = {(state["num_voters"], state.get("ranks_per_node")) for state in states}
+    num_voters, given = kinds.pop()
+    per_node: int = given or max(1, len(states) // num_voters)  # earlier versions did not say
+    if kinds or num_voters * per_node != len(states):
+        others = "".join(f" or {voters}" for voters, _ in kinds)
+        nodes = f" nodes of {per_node} ranks" if per_node > 1 else ""
+        raise ValueError(
+            f"reshard needs the states of all ranks of one run: got {len(states)} states of a vote among "
+            f"{num_voters}{others}{nodes}"
+        )
+    return per_node
 
 
 def _joined(columns: Sequence[State]) -> dict[str, Kept]:
     """Put together what the ranks of a node remember of their shares, by parameter.
 
-    Statistics of the confidence function are those of the share that is the largest.
+    Statistics of the confidence function are those of one rank that has a share: a small parameter belongs to one
+    alone, and of a large one each has as much.
     """
     found: dict[str, Kept] = {}
-    for name in columns[0]["voter"]:
+    for index, name in enumerate(columns[0]["voter"]):
         shares = [state["voter"][name] for state in columns]
-        largest = max(shares, key=lambda share: share["carry"].numel() if "carry" in share else 0)
         parts = {key: torch.cat([share[key] for share in shares]) for key in ("carry", "square") if key in shares[0]}
-        found[name] = {"stats": largest["stats"], **parts}
+        found[name] = {"stats": shares[index % len(shares)]["stats"], **parts}
     return found
 
 
@@ -123,7 +138,7 @@ def _undecided(states: Sequence[State], per_node: int) -> dict[str, Tensor]:
 
 
 def _owned(
-    undecided: Mapping[str, Tensor], names: list[str], voter: int, num_voters: int, column: int, num_columns: int
+    undecided: Mapping[str, Tensor], names: list[str], owners: range, num_voters: int, column: int, num_columns: int
 ) -> dict[tuple[str, int, int], Tensor]:
     found = {}
     for index, name in enumerate(names):
@@ -131,6 +146,6 @@ def _owned(
             continue
         first, last = _bounds(index, undecided[name].numel(), column, num_columns)
         for owner, a, b in shards(Shape(index, last - first), num_voters):
-            if owner == voter and b > a:
+            if owner in owners and b > a:
                 found[name, a, b - a] = undecided[name][first + a : first + b].clone()
     return found

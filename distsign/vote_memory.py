@@ -28,7 +28,7 @@ class VoteMemory:
     Attributes:
         voter: this worker's ballots, and what it has not sent.
         owner: this rank's counts, and what they have not decided.
-        admission: whose ballots are counted; one object from `meet` on.
+        admission: whose ballots are counted; the same object for as long as there are as many voters.
         steering: the factors on thresholds and learning rate.
         ladder: slots of the payloads; None where a budget or the planes decide them.
         num_voters: whose ballots meet; 1 until the ranks do.
@@ -40,9 +40,18 @@ class VoteMemory:
         self.meet(1)
 
     def meet(self, num_voters: int) -> None:
-        """Take so many voters into account; with another number of them nothing may have been voted on."""
+        """Take so many voters into account.
+
+        Raises:
+            ValueError: if there is something to remember of a vote among another number of them.
+        """
         if num_voters == self.num_voters:
             return
+        if self.num_voters and self.voter.stats.shape[0]:
+            raise ValueError(
+                f"this SignVoteState holds what a vote among {self.num_voters} has left, and now there are "
+                f"{num_voters} voters: load a checkpoint after init_process_group, and use one state a process group"
+            )
         options = self._options
         self.num_voters = num_voters
         word = "rank" if options.ranks_per_node == 1 else "node"
@@ -97,7 +106,7 @@ class VoteMemory:
             self.steering.observe(plan.rows, verdicts, slots, 2 * crowded > lengths)
 
     def commit(self, poisoned: Tensor, unfit: Tensor) -> None:
-        """Keep what the step has changed, but what it has if it was poisoned.
+        """Keep what the step has changed, or forget it if it was poisoned.
 
         Args:
             poisoned: bool scalar tensor, alike on all ranks.
@@ -120,6 +129,7 @@ class VoteMemory:
             "owner": {(name_of[row], start, length): value for (row, start, length), value in kept.items()},
             "num_voters": self.num_voters,
             "ranks_per_node": self._options.ranks_per_node,
+            "exchange": self._options.exchange,
             "admission": self.admission.state_dict(),
             "steering": self.steering.state_dict(names),
             "ladder": None if self.ladder is None else self.ladder.state_dict(names),
@@ -153,7 +163,14 @@ class VoteMemory:
             self.ladder.load_state_dict(state["ladder"], names)
 
     def _require_voters(self, state: Mapping[str, Any]) -> None:
-        per_node, then = self._options.ranks_per_node, state.get("ranks_per_node", self._options.ranks_per_node)
+        options = self._options
+        per_node, then = options.ranks_per_node, state.get("ranks_per_node", options.ranks_per_node)
+        exchange = state.get("exchange", options.exchange)
+        if state["owner"] and (exchange == "all_gather") != (options.exchange == "all_gather"):
+            raise ValueError(
+                f"the checkpoint was written with exchange={exchange!r}, and owners keep undecided votes: these are "
+                f"elsewhere with exchange={options.exchange!r}. Go on with the former"
+            )
         if then == per_node and (not state["owner"] or state["num_voters"] == self.num_voters):
             return
         written = f"{state['num_voters']} ranks" if then == 1 else f"{state['num_voters']} nodes of {then} ranks"

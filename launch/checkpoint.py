@@ -165,7 +165,7 @@ def load(path: str, resume: str, trajectory: dict[str, Any], ranks: Ranks) -> Ch
         except UsageError as error:
             message[0] = str(error)
     owns: list[dict[str, Any] | None] = [None] * ranks.world_size
-    if isinstance(message[0], Checkpoint) and len(message[0].ranks) == ranks.world_size:
+    if isinstance(message[0], Checkpoint) and _are_as_they_were(message[0].ranks, trajectory, ranks):
         owns = [*message[0].ranks]
         message[0] = replace(message[0], ranks=[])
     dist.broadcast_object_list(message, src=0)
@@ -177,6 +177,12 @@ def load(path: str, resume: str, trajectory: dict[str, Any], ranks: Ranks) -> Ch
     own: list[dict[str, Any] | None] = [None]
     dist.scatter_object_list(own, owns if ranks.is_first else None, src=0)
     return replace(found, own=own[0])
+
+
+def _are_as_they_were(owns: list[dict[str, Any]], trajectory: dict[str, Any], ranks: Ranks) -> bool:
+    """Return whether each rank can have its own again: there are as many, and in the same nodes where these matter."""
+    per_node = owns[0]["hook"].get("ranks_per_node") if trajectory.get("exchange") == "hierarchical" else None
+    return len(owns) == ranks.world_size and per_node in (None, ranks.local_world_size)
 
 
 def choose(path: str, resume: str, trajectory: dict[str, Any], world_size: int) -> Checkpoint | None:

@@ -233,12 +233,13 @@ def start(confidence: Confidence, given: dict[str, Any]) -> tuple[VotePipeline, 
     parameters = [torch.nn.Parameter(torch.empty(shape, device=DEVICE)) for shape in SHAPES]
     registry.track((f"p{k}", parameter) for k, parameter in enumerate(parameters))
     votes = VotePipeline(options, registry, VoteCounts())
+    votes.meet(2, column=0)
     exchange = VoteExchange(
         Silent(2 * options.ranks_per_node),
         options.exchange,
         options.ranks_per_node,
         checksum=options.checksum,
-        admission=votes.memory.admission if options.ranks_per_node == 1 else None,
+        admission=votes.memory.admission,
     )
     votes.start(exchange)
     return votes, parameters

@@ -9,6 +9,7 @@ import torch
 
 from distsign import reshard
 from distsign.layout import Shape, shards
+from tests.vote_states import undecided, unsent
 
 SIZES = {"weight": 5000, "bias": 7, "big": 4097}
 
@@ -44,31 +45,14 @@ def states_of(world_size: int, per_node: int = 1, *, kind: str = "plain") -> lis
     return states
 
 
-def whole(states: list[dict[str, Any]], name: str, per_node: int = 1) -> torch.Tensor:
-    """Return the undecided votes of a parameter, of all ranks of all nodes."""
-    parts = {
-        (rank % per_node, start): v
-        for rank, s in enumerate(states)
-        for (n, start, _), v in s["owner"].items()
-        if n == name
-    }
-    return torch.cat([parts[place] for place in sorted(parts)])
-
-
-def carried(states: list[dict[str, Any]], name: str, per_node: int) -> torch.Tensor:
-    """Return the sum over the nodes of what their ranks together have not sent."""
-    nodes = [states[k : k + per_node] for k in range(0, len(states), per_node)]
-    return torch.stack([torch.cat([s["voter"][name]["carry"] for s in node]) for node in nodes]).sum(0)
-
-
 @pytest.mark.parametrize(("old", "new"), [(4, 2), (4, 3), (2, 4), (3, 3), (1, 5), (5, 1)])
 def test_what_is_kept_is_conserved_in_sum(old: int, new: int) -> None:
     before = states_of(old)
     after = reshard(before, new)
     assert len(after) == new
     for index, (name, n) in enumerate(SIZES.items()):
-        assert torch.equal(carried(before, name, 1), carried(after, name, 1)), name
-        assert torch.equal(whole(before, name), whole(after, name))
+        assert torch.equal(unsent(before, name), unsent(after, name)), name
+        assert torch.equal(undecided(before, name), undecided(after, name))
         for rank, state in enumerate(after):
             mine = {(a, b - a) for k, a, b in shards(Shape(index, n), new) if k == rank}
             assert {(a, length) for (found, a, length) in state["owner"] if found == name} == mine
@@ -85,8 +69,8 @@ def test_what_nodes_keep_is_conserved_in_sum(old: int, old_per_node: int, new: i
     after = reshard(before, new, new_per_node)
     assert len(after) == new
     for index, (name, n) in enumerate(SIZES.items()):
-        assert torch.equal(carried(before, name, old_per_node), carried(after, name, new_per_node)), name
-        assert torch.equal(whole(before, name, old_per_node), whole(after, name, new_per_node)), name
+        assert torch.equal(unsent(before, name, old_per_node), unsent(after, name, new_per_node)), name
+        assert torch.equal(undecided(before, name, old_per_node), undecided(after, name, new_per_node)), name
         for rank, state in enumerate(after):
             a, b = shares(index, n, new_per_node)[rank % new_per_node]
             assert state["voter"][name]["carry"].numel() == state["voter"][name]["square"].numel() == b - a
@@ -105,14 +89,50 @@ def test_states_as_they_were_come_back() -> None:
                 assert all(torch.equal(kept[key], new["voter"][name][key]) for key in ("carry", "square")), name
 
 
+def test_statistics_are_of_a_rank_that_has_a_share() -> None:
+    before = states_of(6, 3)
+    for carry in (True, False):
+        for state in before:
+            for kept in state["voter"].values():
+                if not carry:
+                    del kept["carry"], kept["square"]
+        for state in reshard(before, 2):
+            for index, (name, n) in enumerate(SIZES.items()):
+                source = int(state["voter"][name]["stats"])  # of rank `source`, which had its number there
+                a, b = shares(index, n, 3)[source % 3]
+                assert b > a, (name, source)
+
+
+def test_where_all_ballots_go_to_all_ranks_each_gets_all_undecided_votes() -> None:
+    one = states_of(1)
+    before = [{**one[0], "num_voters": 3, "exchange": "all_gather"} for _ in range(3)]
+    for state in before:
+        state["owner"] = {
+            (name, a, b - a): one[0]["owner"][name, 0, n][a:b]
+            for index, (name, n) in enumerate(SIZES.items())
+            for _, a, b in shards(Shape(index, n), 3)
+        }
+    for state in reshard(before, 2):
+        assert state["exchange"] == "all_gather"
+        for name in SIZES:
+            assert torch.equal(undecided([state], name), undecided(before, name)), name
+
+
+def test_states_of_nodes_by_an_earlier_version_are_known_by_their_number() -> None:
+    before = states_of(4, 2)
+    for state in before:
+        del state["ranks_per_node"]
+    assert len(reshard(before, 6, 2)) == 6
+
+
 def test_standing_ballots_are_dropped() -> None:
     assert all(not state["owner"] for state in reshard(states_of(3, kind="standing"), 2))
 
 
 def test_a_part_of_a_run_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"got 2 states of a vote among \[3\]"):
+    with pytest.raises(ValueError, match=r"got 2 states of a vote among 3"):
         reshard(states_of(3)[:2], 2)
-    with pytest.raises(ValueError, match=r"got 3 states of a vote among \[2\] nodes of 2 ranks"):
+    with pytest.raises(ValueError, match=r"got 3 states of a vote among 2 nodes of 2 ranks"):
         reshard(states_of(4, 2)[:3], 2)
     with pytest.raises(ValueError, match="got 0 states"):
         reshard([], 2)

@@ -204,7 +204,8 @@ def vote_probes(gradient: Tensor, lengths: Sequence[int], world_size: int, bits:
     registry, link = ParameterRegistry(), _Alike(world_size)
     registry.track((f"p{k}", torch.nn.Parameter(torch.empty(length))) for k, length in enumerate(lengths))
     pipeline = VotePipeline(_options(bits), registry, VoteCounts())
-    pipeline.start(exchange := VoteExchange(link, "two_phase"))
+    pipeline.meet(world_size, column=0)
+    pipeline.start(exchange := VoteExchange(link, "two_phase", admission=pipeline.memory.admission))
     pipeline.grow(device)
     plan = pipeline.plan((tuple(range(len(lengths))),), device)
     (column,), owner = plan.columns, pipeline.memory.owner

@@ -103,7 +103,8 @@ def resume_with_carries(rank: int, world_size: int, case: Case) -> None:
     for kind in ("voter", "owner"):
         assert whole[kind].keys() == parts[kind].keys()
         flat = [(a, b) for key in whole[kind] for a, b in _pairs(whole[kind][key], parts[kind][key])]
-        assert flat and all(torch.equal(a, b) for a, b in flat), kind
+        assert bool(flat) == bool(whole[kind]) and all(torch.equal(a, b) for a, b in flat), kind
+        assert flat or (kind == "owner" and case.options.get("owner_carry") is None)
     assert whole["steering"] == parts["steering"] and whole["ladder"] == parts["ladder"]
     for built in (unbroken, broken, resumed):
         built[2].close()

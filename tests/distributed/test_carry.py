@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -70,12 +69,20 @@ def test_a_resumed_run_repeats_an_unbroken_one(rank_pool: Pools, name: str) -> N
 
 
 @pytest.mark.parametrize(
-    "more", [{"owner_carry": True}, {"owner_carry": "standing"}, {"bits_per_param": 0.3, "owner_carry": True}]
+    "case",
+    [
+        CARRY,
+        replace(CARRY, options={"owner_carry": True}),
+        replace(CARRY, options={"owner_carry": "standing"}),
+        replace(CARRY, options={"bits_per_param": 0.3, "owner_carry": True}),
+        Case(options={"carry": True}),
+    ],
+    ids=["sizes by what was seen", "owner carry", "standing", "budget", "adaptive"],
 )
-def test_a_resumed_run_in_nodes_repeats_an_unbroken_one(rank_pool: Pools, more: dict[str, Any]) -> None:
+def test_a_resumed_run_in_nodes_repeats_an_unbroken_one(rank_pool: Pools, case: Case) -> None:
     """Each rank of a node keeps its own share, which is known before ranks have met."""
-    options = {"exchange": "hierarchical", "ranks_per_node": 2, **more}
-    rank_pool(4).run(jobs.resume_with_carries, replace(CARRY, options=options))
+    options = {"exchange": "hierarchical", "ranks_per_node": 2, **case.options}
+    rank_pool(4).run(jobs.resume_with_carries, replace(case, options=options))
 
 
 @pytest.mark.parametrize("bits_per_param", [0.05, 0.5])

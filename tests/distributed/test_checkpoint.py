@@ -16,10 +16,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
-from torch import Tensor
 
 from distsign import FixedConfidence, RMSConfidence, SignAdamPP, SignVoteState, TargetDensity
 from distsign.checkpoint import CheckpointError, load, save
+from tests.vote_states import undecided, unsent
 
 from . import checkpoint_jobs as jobs
 from .carry_oracle import CARRY
@@ -49,59 +49,40 @@ def test_a_run_goes_on_bit_for_bit_from_any_step(rank_pool: Pools, tmp_path: Pat
 ELASTIC = replace(CARRY, options={"owner_carry": "plain", "margin": 2})
 
 
-def undecided(states: list[dict[str, Any]], name: str, per_node: int = 1) -> Tensor:
-    parts = {
-        (rank % per_node, start): value
-        for rank, state in enumerate(states)
-        for (n, start, _), value in state["owner"].items()
-        if n == name
-    }
-    return torch.cat([parts[place] for place in sorted(parts)])
+FLAT = [(4, 1, 2, 1), (2, 1, 4, 1), (4, 1, 3, 1), (1, 1, 2, 1)]
+NODES = [(4, 2, 8, 2), (4, 2, 3, 1), (2, 1, 4, 2), (1, 1, 4, 2), (4, 2, 4, 1), (8, 4, 8, 2)]
 
 
-def unsent(states: list[dict[str, Any]], name: str, per_node: int) -> Tensor:
-    """Return the sum over nodes of what their ranks together have not sent."""
-    nodes = [states[k : k + per_node] for k in range(0, len(states), per_node)]
-    whole = [torch.cat([state["voter"][name]["carry"].double().flatten() for state in node]) for node in nodes]
-    return torch.stack(whole).sum(0)
-
-
-@pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 4), (4, 3)])
-def test_another_number_of_ranks_takes_over_what_the_carries_held(
-    rank_pool: Pools, tmp_path: Path, old: int, new: int
-) -> None:
-    folder = str(tmp_path / "step-5")
-    saved = rank_pool(old).run(jobs.train_and_save, ELASTIC, folder)
-    loaded = rank_pool(new).run(jobs.load_elsewhere, ELASTIC, folder)
-    assert len({end for _, end in loaded}) == 1
-    before, after = [each["vote"] for each in saved], [taken_over["vote"] for taken_over, _ in loaded]
-    for name in before[0]["voter"]:
-        carried = [sum(state["voter"][name]["carry"].double() for state in states) for states in (before, after)]
-        assert torch.allclose(*carried, atol=1e-5) and (carried[0].any() or carried[0].numel() < 20), name
-        assert torch.equal(undecided(before, name), undecided(after, name)), name
-    assert any(undecided(before, name).any() for name in before[0]["voter"])
-    for taken_over, _ in loaded:
-        assert taken_over["digest"] == saved[0]["digest"]
-        assert not jobs.paths(taken_over["optimizer"], saved[0]["optimizer"])
-
-
-@pytest.mark.parametrize(("old", "old_per_node", "new", "new_per_node"), [(4, 2, 8, 2), (4, 2, 3, 1), (2, 1, 4, 2)])
-def test_other_nodes_take_over_what_the_carries_held(
+@pytest.mark.parametrize(("old", "old_per_node", "new", "new_per_node"), [*FLAT, *NODES])
+def test_other_ranks_and_nodes_take_over_what_the_carries_held(
     rank_pool: Pools, tmp_path: Path, old: int, old_per_node: int, new: int, new_per_node: int
 ) -> None:
-    def case(per_node: int) -> Case:
+    def case(num_ranks: int, per_node: int) -> Case:
         nodes = {} if per_node == 1 else {"exchange": "hierarchical", "ranks_per_node": per_node}
-        return replace(ELASTIC, options={**ELASTIC.options, **nodes})
+        margin = min(2, num_ranks // per_node)
+        return replace(ELASTIC, options={**ELASTIC.options, **nodes, "margin": margin})
 
     folder = str(tmp_path / "step-5")
-    saved = rank_pool(old).run(jobs.train_and_save, case(old_per_node), folder)
-    loaded = rank_pool(new).run(jobs.load_elsewhere, case(new_per_node), folder)
+    saved = rank_pool(old).run(jobs.train_and_save, case(old, old_per_node), folder)
+    loaded = rank_pool(new).run(jobs.load_elsewhere, case(new, new_per_node), folder)
     assert len({end for _, end in loaded}) == 1
     before, after = [each["vote"] for each in saved], [taken_over["vote"] for taken_over, _ in loaded]
     for name in before[0]["voter"]:
         carried = unsent(before, name, old_per_node), unsent(after, name, new_per_node)
         assert torch.allclose(*carried, atol=1e-5) and (carried[0].any() or carried[0].numel() < 20), name
         assert torch.equal(undecided(before, name, old_per_node), undecided(after, name, new_per_node)), name
+    assert old == 1 or any(undecided(before, name, old_per_node).any() for name in before[0]["voter"])
+    for taken_over, _ in loaded:
+        assert taken_over["digest"] == saved[0]["digest"]
+        assert not jobs.paths(taken_over["optimizer"], saved[0]["optimizer"])
+
+
+def test_an_all_gather_by_other_ranks_stays_one(rank_pool: Pools, tmp_path: Path) -> None:
+    """Each rank counts every shard itself, and must take over what was undecided of all."""
+    case, folder = replace(ELASTIC, options={**ELASTIC.options, "exchange": "all_gather"}), str(tmp_path / "step-5")
+    rank_pool(4).run(jobs.train_and_save, case, folder)
+    loaded = rank_pool(3).run(jobs.load_elsewhere, case, folder)
+    assert len({end for _, end in loaded}) == 1
 
 
 def test_a_missing_shard_is_named_on_all_ranks(rank_pool: Pools, tmp_path: Path) -> None:
