@@ -41,10 +41,11 @@ def test_a_killed_or_frozen_rank(tmp_path: Path, number: int, victim: int, seed:
 def test_a_frozen_rank_of_an_all_reduce(tmp_path: Path) -> None:
     job = start_ranks(argv(tmp_path, "--hook", "none", "--optimizer", "adam"), 2)
     try:
-        wait_until_training(job, tmp_path / "metrics.jsonl", 0.5)
+        wait_until_training(job, tmp_path / "metrics.jsonl", 0.2)
         job.ranks[0].signal(signal.SIGSTOP)
         [words] = last_words(job, 0, TIMEOUT_S + ANSWER_S)
-        assert re.search(r"rank 1 of 2 training, after step \d+, waited in vain for another rank", words)
+        # A hundred steps take half a second here, and the next test may have begun.
+        assert re.search(r"rank 1 of 2 (training|testing), after step \d+, waited in vain for another rank", words)
     finally:
         end(job)
 
