@@ -30,12 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, or 2 for bad input, which one line on stderr names."""
     options = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
     except ValueError as error:
         sys.stderr.write(f"distsign: {error}\n")
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _joined(argv: Sequence[str]) -> list[str]:

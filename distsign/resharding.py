@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distsign.layout import Shape, shards
+from distsign.statistics import counts_elsewhere
 
 __all__ = ["reshard"]
 
@@ -56,13 +57,18 @@ def reshard(states: Sequence[State], world_size: int, ranks_per_node: int = 1) -
         owners = range(num_voters) if for_all else range(voter, voter + 1)
         for column in range(ranks_per_node):
             rank = len(new)
+            fresh = rank >= len(states)
+            counts = states[0 if fresh else rank]["counts"]
+            if world_size != len(states):
+                counts = counts_elsewhere(counts, len(states), fresh=fresh)
             shares = {
                 name: _share(kept, index, column, ranks_per_node) for index, (name, kept) in enumerate(merged.items())
             }
             new.append(
                 {
                     **states[0],
-                    "traffic": nothing if rank >= len(states) else states[rank]["traffic"],
+                    "traffic": nothing if fresh else states[rank]["traffic"],
+                    "counts": counts,
                     "voter": shares,
                     "owner": _owned(undecided, list(merged), owners, num_voters, column, ranks_per_node),
                     "num_voters": num_voters,

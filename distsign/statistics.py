@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distsign.traffic import ExchangeBytes, Traffic, ring_all_reduce_bytes
 
-__all__ = ["VoteCounts"]
+__all__ = ["VoteCounts", "counts_elsewhere"]
 
 
 class VoteCounts:
@@ -23,6 +24,7 @@ class VoteCounts:
     def __init__(self) -> None:
         self.num_steps = 0
         self._elements_exchanged = 0
+        self._uncompressed_before = [0, 0]  # bytes of fp32 and bf16 all-reduces among other numbers of ranks
         self._num_elements = 0
         self._step = torch.zeros(3, dtype=torch.int64)
         # poisoned steps; and of the others components cast, ballots, components decided, verdicts
@@ -62,8 +64,8 @@ class VoteCounts:
         poisoned_steps, num_cast, ballots, num_decided, verdicts = self._totals.tolist()
         return Traffic(
             **asdict(counted),
-            fp32_bytes=ring_all_reduce_bytes(self._elements_exchanged, 4, world_size),
-            bf16_bytes=ring_all_reduce_bytes(self._elements_exchanged, 2, world_size),
+            fp32_bytes=self._uncompressed_before[0] + ring_all_reduce_bytes(self._elements_exchanged, 4, world_size),
+            bf16_bytes=self._uncompressed_before[1] + ring_all_reduce_bytes(self._elements_exchanged, 2, world_size),
             num_steps=self.num_steps,
             num_poisoned_steps=poisoned_steps,
             ballot_density=ballots / num_cast if num_cast else 0.0,
@@ -73,10 +75,32 @@ class VoteCounts:
 
     def state_dict(self) -> dict[str, object]:
         """Return the totals."""
-        return {"num_steps": self.num_steps, "elements": self._elements_exchanged, "totals": self._totals.tolist()}
+        return {
+            "num_steps": self.num_steps,
+            "elements": self._elements_exchanged,
+            "uncompressed_before": list(self._uncompressed_before),
+            "totals": self._totals.tolist(),
+        }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from `state_dict()`."""
         self.num_steps = int(state["num_steps"])  # type: ignore[call-overload]
         self._elements_exchanged = int(state["elements"])  # type: ignore[call-overload]
+        self._uncompressed_before = list(state.get("uncompressed_before", (0, 0)))  # type: ignore[call-overload]
         self._totals = torch.tensor(state["totals"], dtype=torch.int64)
+
+
+def counts_elsewhere(state: Mapping[str, Any], old: int, *, fresh: bool) -> dict[str, Any]:
+    """Return the counts of one of `old` ranks for a rank of another number of them.
+
+    Args:
+        state: what `VoteCounts.state_dict` returned.
+        old: ranks that there were.
+        fresh: whether the rank is a new one, which has sent nothing so far, compressed or not.
+    """
+    earlier = state.get("uncompressed_before", (0, 0))
+    uncompressed = [
+        before + ring_all_reduce_bytes(state["elements"], width, old)
+        for before, width in zip(earlier, (4, 2), strict=True)
+    ]
+    return {**state, "elements": 0, "uncompressed_before": [0, 0] if fresh else uncompressed}

@@ -26,8 +26,15 @@ OF_ONE_RUN = frozenset({"metrics", "checkpoint", "checkpoint_every", "stop_after
 
 def answer(asked: TextIO, answers: TextIO) -> None:
     """Read the question, write the answer; see the module for both."""
-    cells = [_check(cell["arguments"], cell["ranks"]) for cell in json.load(asked)["cells"]]
-    json.dump({"file": os.path.abspath(__file__), "choices": _choices(), "cells": cells}, answers)
+    try:
+        cells = [(list(cell["arguments"]), int(cell["ranks"])) for cell in json.load(asked)["cells"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            'on standard input --check wants a JSON document, {"cells": [{"ranks": 4, "arguments": ["--lr=0.1"]}]}, as '
+            f"distsign study sends it: {error}"
+        ) from error
+    checked = [_check(arguments, num_ranks) for arguments, num_ranks in cells]
+    json.dump({"file": os.path.abspath(__file__), "choices": _choices(), "cells": checked}, answers)
     answers.write("\n")
 
 

@@ -235,7 +235,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(
         prog="launch.train",
         description="Train one task, alone or on several ranks started by torchrun.",
-        epilog="--check alone trains nothing: it reads command lines and says which can run (launch.check).",
+        epilog="--check alone trains nothing: it reads command lines as JSON, and says which can run (launch.check).",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

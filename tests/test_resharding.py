@@ -9,6 +9,8 @@ import torch
 
 from distsign import reshard
 from distsign.layout import Shape, shards
+from distsign.statistics import VoteCounts
+from distsign.traffic import ExchangeBytes, ring_all_reduce_bytes
 from tests.vote_states import undecided, unsent
 
 SIZES = {"weight": 5000, "bias": 7, "big": 4097}
@@ -41,7 +43,7 @@ def states_of(world_size: int, per_node: int = 1, *, kind: str = "plain") -> lis
                 "square": torch.rand(size, generator=generator),
             }
         state = {"voter": voter, "owner": owner, "num_voters": num_voters, "ranks_per_node": per_node}
-        states.append({**state, "traffic": {"sent_bytes": 10 + rank}, "counts": {"a": 1}})
+        states.append({**state, "traffic": {"sent_bytes": 10 + rank}, "counts": {"elements": 5000, "num_steps": 3}})
     return states
 
 
@@ -123,6 +125,22 @@ def test_states_of_nodes_by_an_earlier_version_are_known_by_their_number() -> No
     for state in before:
         del state["ranks_per_node"]
     assert len(reshard(before, 6, 2)) == 6
+
+
+def test_what_all_reduces_would_have_cost_is_counted_by_the_ranks_that_there_were() -> None:
+    before = [{**state, "counts": VoteCounts().state_dict() | {"elements": 5000}} for state in states_of(4)]
+    for new, world_size in ((reshard(before, 6), 6), (reshard(reshard(before, 6), 3), 3), (reshard(before, 4), 4)):
+        for rank, state in enumerate(new):
+            counts = VoteCounts()
+            counts.load_state_dict(state["counts"])
+            counts.exchanged(700)
+            found = counts.traffic(ExchangeBytes(), world_size)
+            for width, uncompressed in ((4, found.fp32_bytes), (2, found.bf16_bytes)):
+                if world_size == 4:  # as many as before: added up, then by the formula
+                    assert uncompressed == ring_all_reduce_bytes(5700, width, 4)
+                    continue
+                earlier = ring_all_reduce_bytes(5000, width, 4) * (rank < 4)
+                assert uncompressed == earlier + ring_all_reduce_bytes(700, width, world_size)
 
 
 def test_standing_ballots_are_dropped() -> None:

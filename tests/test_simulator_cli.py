@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from distsign.cli import main
 from distsign.simulator import Profile
+from tests.distributed.ranks import REPOSITORY
 
 GOOD = ["simulate", "--model", "lenet", "--workers", "4", "--link", "1gbit", "--latency", "50us"]
 
@@ -115,3 +118,9 @@ def test_calibrate_without_ranks(
     assert "there is no folder" in capsys.readouterr().err
     assert main(["calibrate", str(tmp_path / "p.json"), "--seconds", "0"]) == 2
     assert "--seconds" in capsys.readouterr().err
+
+
+def test_who_reads_may_stop() -> None:
+    command = f"{sys.executable} -m distsign {' '.join(GOOD)} | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("lenet") and "Traceback" not in done.stderr and "Broken" not in done.stderr

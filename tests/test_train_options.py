@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from distsign.exchange import EXCHANGES
+from launch import check
 from launch.options import WIRES, TrainOptions, UsageError, parse_options
 from launch.runtime import Ranks, choose_device
 from launch.schemes import CONFIDENCES, make_confidence, make_optimizer
@@ -191,3 +193,9 @@ def test_trajectory_has_all_that_decides_the_numbers() -> None:
     assert {"lr", "seed", "batch_size", "hook", "confidence"} <= set(options.trajectory())
     assert "metrics" not in options.trajectory()
     json.dumps(options.trajectory())
+
+
+@pytest.mark.parametrize("asked", ["", "--lr 0.1", "[]", '{"cells": [{"ranks": 2}]}'])
+def test_what_is_no_question_of_a_study_is_one_clear_line(asked: str) -> None:
+    with pytest.raises(UsageError, match="on standard input --check wants a JSON document"):
+        check.answer(io.StringIO(asked), io.StringIO())

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options, and `run` as what they are for."""
     add = parser.add_argument
     add("study", type=Path, metavar="FILE", help="the study, in TOML")
-    add("--out", type=Path, metavar="DIR", help="folder of the results (the study's name, beside it)")
+    add("--out", type=Path, metavar="DIR", help="folder of the results (beside the file, with its name)")
     add("--jobs", type=int, default=1, metavar="N", help="cells at once (1: then times are those of a quiet machine)")
     add("--minutes", type=float, help="end after so long; what is missing is run the next time")
     add(
@@ -98,6 +98,7 @@ class _Session:
     def _train(self, missing: Sequence[Checked]) -> bool:
         """Run cells under a progress bar; return whether the user has interrupted that."""
         minutes = self._options.minutes
+        sys.stderr.write(f"distsign: running {len(missing)} of {len(self._cells)} cells\n")
         with _bar(len(self._cells), len(self._cells) - len(missing)) as bar:
 
             def ended(checked: Checked, result: Result) -> None:
@@ -130,6 +131,9 @@ class _Session:
             files = write_report(self._study, summary, self._store.folder)
             write(f"\n{describe(self._study, summary)}\n\n")
             write("".join(f"{file.suffix[1:]:5} {file}\n" for file in files))
+        version = code_version(self._program.file)
+        if summary.versions and version not in summary.versions:
+            write(f"note: all results are of another version of the code than this one, {version}\n")
         for cell, error in summary.failed:
             write(f"failed: {cell.label}: {_last_line(error)}\n")
         if summary.num_missing:

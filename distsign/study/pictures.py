@@ -124,7 +124,11 @@ def _shown(row: Row, values: Sequence[float]) -> list[float]:
 
 def _point(axes: Axes, row: Row, x: float, colour: str, marker: str) -> None:
     (mean,) = _shown(row, [row.value.mean])
-    half = None if row.value.half_width is None else _shown(row, [row.value.half_width])
+    half = None
+    if row.value.half_width is not None:
+        (width,) = _shown(row, [row.value.half_width])
+        # Of few seeds intervals go beyond all that a share can be.
+        half = [[min(width, mean)], [min(width, 100 - mean)]] if is_share(row.metric) else [[width], [width]]
     axes.errorbar(
         *([x], [mean], half), color=colour, marker=marker, markersize=7, capsize=3, linestyle="none", label=row.scheme
     )
