@@ -1,0 +1,80 @@
+"""What a vote leaves to the next step: which states it goes on from, and which it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from distsign import RMSConfidence
+from distsign.options import VoteOptions
+from distsign.vote_memory import VoteMemory
+
+LENGTHS = [5000, 7]
+NAMES = {"weight": 0, "bias": 1}
+
+
+def memory(num_voters: int, **options: Any) -> VoteMemory:
+    made = VoteMemory(VoteOptions.check(confidence=RMSConfidence(k=4), **options))
+    made.meet(num_voters)
+    made.grow(LENGTHS, torch.device("cpu"))
+    return made
+
+
+def test_a_state_comes_back() -> None:
+    before = memory(3, owner_carry=True)
+    before.voter.memory.carry[:] = torch.randn(before.voter.memory.carry.shape)  # type: ignore[union-attr]
+    before.owner.keep({(0, 1664, 1664): torch.ones(1664, dtype=torch.int16)}, torch.device("cpu"))
+    state = before.state_dict(NAMES)
+    after = memory(3, owner_carry=True)
+    after.load_state_dict(state, NAMES, LENGTHS)
+    again = after.state_dict(NAMES)
+    assert state["voter"].keys() == again["voter"].keys() == NAMES.keys()
+    for name, kept in state["voter"].items():
+        assert all(torch.equal(kept[key], again["voter"][name][key]) for key in kept)
+    assert [*again["owner"]] == [("weight", 1664, 1664)]
+    assert again["owner"]["weight", 1664, 1664].all()
+
+
+def test_another_number_of_voters_must_not_be_met_in_the_middle() -> None:
+    made = memory(1)
+    with pytest.raises(
+        ValueError, match=r"a vote among 1 has left, and now there are 4 voters: load .* after init_pro"
+    ):
+        made.meet(4)
+    made.meet(1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"num_voters": 2},
+            r"written by 2 ranks, and owners keep undecided votes.* now there are 3: .*states, 3\) first",
+        ),
+        ({"ranks_per_node": 2}, r"by 3 nodes of 2 ranks, and each keeps its share, but now there are 3: .*states, 3\)"),
+        ({"exchange": "all_gather"}, "written with exchange='all_gather'.* elsewhere with exchange='two_phase'"),
+    ],
+)
+def test_states_that_are_refused(changed: dict[str, Any], words: str) -> None:
+    before = memory(3, owner_carry=True)
+    before.owner.keep({(0, 0, 1664): torch.ones(1664, dtype=torch.int16)}, torch.device("cpu"))
+    with pytest.raises(ValueError, match=words):
+        memory(3, owner_carry=True).load_state_dict({**before.state_dict(NAMES), **changed}, NAMES, LENGTHS)
+
+
+def test_a_state_of_an_earlier_version_is_taken() -> None:
+    state = memory(3).state_dict(NAMES)
+    for key in ("ranks_per_node", "exchange", "admission"):
+        del state[key]
+    memory(3).load_state_dict(state, NAMES, LENGTHS)
+
+
+def test_nodes_are_named_where_they_are_others() -> None:
+    state = memory(3).state_dict(NAMES)
+    made = memory(2, exchange="hierarchical", ranks_per_node=2)
+    with pytest.raises(
+        ValueError, match=r"by 3 ranks, .* there are 2 nodes of 2: .*reshard\(states, 4, ranks_per_node=2"
+    ):
+        made.load_state_dict(state, NAMES, LENGTHS)
