@@ -63,7 +63,7 @@ class VoteExchange:
         admission: whose ballots this rank counts; None: everybody's.
 
     Attributes:
-        admission: likewise.
+        admission: the one that was given, or one of its own.
     """
 
     def __init__(

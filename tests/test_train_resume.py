@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,27 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, argv: list[s
     assert len({tuple(result["parameters"].tolist()) for result in results}) == 1
     finished = checkpoint.read(str(path))
     assert finished["shared"]["step"] == 9 and len(finished["ranks"]) == 3
+
+
+def train_in_nodes(rank: int, world_size: int, per_node: int, argv: list[str]) -> torch.Tensor:
+    """Run on ranks that torchrun would have told to be in nodes of `per_node`; return the parameters."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
+    ranks = Ranks(rank, world_size, rank % per_node, per_node)
+    trainer = Trainer(parse_options([*SMALL, *argv]), ranks, torch.device("cpu"))
+    trainer.run()
+    trainer.close()
+    return torch.cat([p.detach().flatten() for p in trainer.net.parameters()])
+
+
+@pytest.mark.parametrize("per_node", [1, 2, 4])
+def test_a_run_goes_on_in_other_nodes_of_as_many_ranks(tmp_path: Path, per_node: int) -> None:
+    argv = [*RMS, "--exchange", "hierarchical", "--steps", "6", "--checkpoint", str(tmp_path / "run.pt")]
+    pool(4).run(train_in_nodes, 2, [*argv, "--stop-after", "3"])
+    results = pool(4).run(train_in_nodes, per_node, [*argv, "--resume"])
+    assert all(torch.equal(results[0], result) for result in results)
+    saved = checkpoint.read(str(tmp_path / "run.pt"))
+    assert saved["shared"]["step"] == 6
+    assert {own["hook"]["ranks_per_node"] for own in saved["ranks"]} == {per_node}
 
 
 def train_with_a_flipped_bit(rank: int, world_size: int, argv: list[str]) -> None:

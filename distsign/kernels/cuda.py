@@ -319,17 +319,8 @@ def encode_sparse(planes: Tensor, num_bytes: int, code: SparseCode, out: Tensor)
     totals, sums = _running_ones(planes, code.num_bits)
     if code.num_slots:
         words = _words_for(code.num_bytes, planes.device)
-        args = (
-            planes,
-            num_bytes,
-            code.num_bits,
-            totals,
-            sums,
-            words,
-            code.num_slots,
-            code.num_high_bits,
-            code.low_bits,
-        )
+        sizes = (code.num_slots, code.num_high_bits, code.low_bits)
+        args = (planes, num_bytes, code.num_bits, totals, sums, words, *sizes)
         _launch(triton_sparse.encode_kernel, totals.numel(), *args)
         out.copy_(words.view(torch.uint8)[: code.num_bytes])
     return sums[-1].le(code.num_slots)
