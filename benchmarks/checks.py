@@ -2,17 +2,21 @@
 
 The same vote is taken without checks, with each of them and with all, step by step in turn on the same ranks; without
 checks twice, by two trainers alike: by how much these two differ is the noise. Comparing replicas falls due every
-100 steps, and is timed apart. `python -m benchmarks.checks` (root, for the lab).
+100 steps, and is timed apart. Beside the clock's time stands that of all ranks' processors, which does not count what
+others do on the machine, nor waiting. `python -m benchmarks.checks` (root, for the lab).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
+
+import torch.distributed as dist
 
 from benchmarks import ranks
 from benchmarks.common import Column, Report, Row, parser, summary
@@ -31,38 +35,43 @@ EVERY = 100
 NAMES = ("vote, adaptive, planes", "vote, RMS carry, planes", "vote, RMS, 0.1 bit")
 WARM_UP = 5
 
-TABLE = (
-    Column("rate", "link"),
-    Column("name", "scheme"),
-    Column("ms", "ms/step", ".1f"),
-    Column("spread", "quartiles", ".0%"),
-    Column("rounds", "steps", "d"),
-    *(Column(name, name, "+.2%") for name in CHECKS if name != "none"),
-    Column("replicas_ms", "ms/comparison", ".1f"),
-    Column("replicas", "of 100 steps", "+.2%"),
-    Column("together", "together", "+.2%"),
-)
+
+def table(ms: str, checks: Sequence[str]) -> tuple[Column, ...]:
+    """Return the columns of a table of what some checks add to what a step takes."""
+    return (
+        Column("rate", "link"),
+        Column("name", "scheme"),
+        Column("ms", ms, ".1f"),
+        Column("spread", "quartiles", ".0%"),
+        Column("rounds", "steps", "d"),
+        *(Column(name, name, "+.2%") for name in checks if name != "none"),
+        Column("replicas_ms", "ms/comparison", ".1f"),
+        Column("replicas", "of 100 steps", "+.2%"),
+        Column("together", "together", "+.2%"),
+    )
 
 
-def measure(settings: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """Run on each rank: return by scheme the milliseconds of steps by their checks, and of comparisons of replicas."""
-    found = {}
+def measure(settings: dict[str, Any]) -> dict[str, dict[str, list[list[float]]]]:
+    """Run on each rank: return by scheme and checks the milliseconds of each step, by the clock and this processor's.
+
+    `replicas` are those of comparisons of replicas.
+    """
+    names, found = settings["checks"], {}
     for name in settings["schemes"]:
         plain, workload = scheme(name), linear_layers(**settings["trainer"])
         trainers = {
-            checks: Trainer(replace(plain, arguments=(*plain.arguments, *arguments)), workload)
-            for checks, arguments in CHECKS.items()
+            checks: Trainer(replace(plain, arguments=(*plain.arguments, *CHECKS[checks])), workload) for checks in names
         }
         replicas = ReplicaCheck(trainers["all"].model, trainers["all"].optimizer)
-        times: dict[str, list[float]] = {checks: [] for checks in (*CHECKS, "replicas")}
+        times: dict[str, list[list[float]]] = {checks: [] for checks in (*names, "replicas")}
         for step in range(-WARM_UP, settings["steps"]):
-            first = step % len(CHECKS)  # whoever begins finds other caches: they take turns
-            for checks in [*CHECKS][first:] + [*CHECKS][:first]:
-                ms = ranks.timed_together(trainers[checks].step)
+            first = step % len(names)  # whoever begins finds other caches: they take turns
+            for checks in names[first:] + names[:first]:
+                both = _timed(trainers[checks].step)
                 if step >= 0:
-                    times[checks].append(ms)
+                    times[checks].append(both)
             if step % 10 == 0:
-                times["replicas"].append(ranks.timed_together(replicas.check))
+                times["replicas"].append(_timed(replicas.check))
         found[name] = times
         ranks.say(name)
         for trainer in trainers.values():
@@ -70,11 +79,18 @@ def measure(settings: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def row_of(name: str, of_ranks: Sequence[dict[str, list[float]]]) -> Row:
-    """Return a scheme's row: of each step the slowest rank's time, medians of the steps' differences and of times."""
-    times = {checks: ranks.slowest([each[checks] for each in of_ranks]) for checks in of_ranks[0]}
+def _timed(run: Callable[[], object]) -> list[float]:
+    """Return the milliseconds of a call that all ranks begin together, by the clock and of all threads' processors."""
+    begin = time.process_time()
+    by_clock = ranks.timed_together(run)
+    dist.barrier()  # until then a rank that has done may still send for others
+    return [by_clock, 1e3 * (time.process_time() - begin)]
+
+
+def row_of(name: str, times: dict[str, list[float]]) -> Row:
+    """Return a scheme's row: medians of the steps' times, of their differences, and of comparisons of replicas."""
     row: Row = {"name": name, **summary(times["none"])}
-    for checks in CHECKS:
+    for checks in [each for each in times if each != "replicas"]:
         # Neighbours in time are compared, so that a machine that slows down slows both.
         row[checks] = median(b - a for a, b in zip(times["none"], times[checks], strict=True)) / row["ms"]
     row["replicas_ms"] = median(times["replicas"])
@@ -82,18 +98,33 @@ def row_of(name: str, of_ranks: Sequence[dict[str, list[float]]]) -> Row:
     return {**row, "together": row["all"] + row["replicas"]}
 
 
+def _over_ranks(of_ranks: Sequence[dict[str, list[list[float]]]], way: int) -> dict[str, list[float]]:
+    """Return each step's time: by the clock (0) that of the slowest rank, of processors (1) that of all together."""
+    combine = (max, sum)[way]
+    return {
+        checks: [combine(rank[way] for rank in step) for step in zip(*(each[checks] for each in of_ranks), strict=True)]
+        for checks in of_ranks[0]
+    }
+
+
 def _measure_all(options: argparse.Namespace) -> None:
     report = Report("checks", options)
     trainer = settings_of(options.layers, options.width, options.batch_size)
-    settings = {"schemes": NAMES, "steps": options.steps, "trainer": trainer}
+    checks = [name for name in CHECKS if name in {"none", "all", *options.checks}]
+    settings = {"schemes": NAMES, "checks": checks, "steps": options.steps, "trainer": trainer}
     for rate in options.rates:
-        deadline_s = 120 + len(NAMES) * len(CHECKS) * (options.steps + WARM_UP) * 5.0
+        deadline_s = 120 + len(NAMES) * len(checks) * (options.steps + WARM_UP) * 5.0
         results = ranks.run_on_ranks(
             "benchmarks.checks:measure", settings, num_ranks=options.ranks, rate=rate, deadline_s=deadline_s
         )
-        rows = [{"rate": rate, **row_of(name, [result[name] for result in results])} for name in results[0]]
         num_params = options.layers * options.width * (options.width + 1)
-        report.table(f"{options.ranks} ranks, {num_params:,} parameters, {rate}", TABLE, rows)
+        title = f"{options.ranks} ranks, {num_params:,} parameters, {rate}"
+        for way, (clock, head) in enumerate({"clock": "ms/step", "processors": "processors' ms/step"}.items()):
+            rows = [
+                {"rate": rate, "by": clock, **row_of(name, _over_ranks([result[name] for result in results], way))}
+                for name in results[0]
+            ]
+            report.table(f"{title}, by the {clock}", table(head, checks), rows)
     report.write()
 
 
@@ -105,6 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--width", type=int, default=1024)
     arguments.add_argument("--batch-size", type=int, default=8)
     arguments.add_argument("--steps", type=int, default=100, help="of each kind, per scheme")
+    words = "which to take beside none and all"
+    arguments.add_argument("--checks", nargs="*", default=list(CHECKS), choices=list(CHECKS), help=words)
     options = arguments.parse_args(argv)
     if options.quick:
         options.layers, options.width, options.steps = 3, 128, 3

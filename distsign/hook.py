@@ -3,6 +3,7 @@
 A bucket's way is in `pipeline`.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = ["SignVoteState", "VoteError", "sign_vote_hook"]
 # No postponed annotations in this file: DDP compares those of a hook with the classes themselves.
 
 _STATE_FORMAT = 3
+_log = logging.getLogger(__name__)
 
 
 class SignVoteState:
@@ -320,6 +322,12 @@ class SignVoteState:
         }
         require_agreement(exchange.gather(options))
         require_margin(self._options.margin, exchange.num_voters)
+        if exchange.num_voters == 1 and exchange.world_size > 1 and rank_in(self.process_group) == 0:
+            _log.warning(
+                "exchange='hierarchical' on one node of %d ranks: they average their gradients in full, and one voter "
+                "votes. Only links between nodes are spared; ranks_per_node says which ranks make a node",
+                exchange.world_size,
+            )
         if not tracked and (self._options.bits_per_param is not None or self._options.exclude):
             raise ValueError(
                 "bits_per_param and exclude speak of all parameters, which are not known: pass vote_state=state and "

@@ -172,6 +172,7 @@ def test_advice() -> None:
 
     assert re.fullmatch(r"fastest here: planes, [3-9]\.\d+ times as fast as bf16", advice(slow, ["planes"]))
     assert advice(slow, ["planes"], 5.0).startswith("fastest here: planes, by ")
+    assert "gains less (--compute)" in advice(slow, ["planes"], 0.0)
     assert advice(fast, ["planes"], 0.0).startswith("do not compress: bf16 takes")
     assert "its kernels cost 150 ms more" in advice(fast, ["planes"], 0.0)
     assert "hides behind backward" in advice(fast, ["planes"], 10.0)

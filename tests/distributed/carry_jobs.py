@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from dataclasses import replace
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -182,6 +185,8 @@ def train_hierarchical(rank: int, world_size: int, ranks_per_node: int, options:
     optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, momentum=0.0, vote_state=state)
     num_nodes = world_size // ranks_per_node
     carried = {name: torch.zeros(num_nodes, p.numel()) for name, p in net.named_parameters()}
+    said = QueueHandler(SimpleQueue())
+    logging.getLogger("distsign.hook").addHandler(said)
     for step in range(5):
         x = batch(rank, step, 0, torch.float32)
         mine = gradients_of.gradients(net, [x])
@@ -204,6 +209,8 @@ def train_hierarchical(rank: int, world_size: int, ranks_per_node: int, options:
             want = majority_vote(torch.stack(ballots), options.get("margin", 1)).reshape(p.shape)
             assert torch.equal(p.grad.to(torch.int8), want), (step, name)
         optimizer.step()
+    logging.getLogger("distsign.hook").removeHandler(said)
+    assert said.queue.qsize() == (num_nodes == 1 and rank == 0), "one voter alone is worth a word, once"
     traffic = state.traffic()
     num_elements = sum(p.numel() for p in net.parameters())
     # Within a node: 4 bytes a component that another rank averages, twice as much as a reduce-scatter of halves.
