@@ -27,7 +27,8 @@ from distsign.simulator.step_probe import in_step_factors, num_steps_timed
 
 __all__ = ["calibrate", "calibrate_under_torchrun", "kernel_sizes"]
 
-_SIZES = (1 << 10, 1 << 15, 1 << 17, 1 << 19, 1 << 21, 1 << 23)
+_SIZES = (1 << 10, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
+"""Of messages. Among 8 ranks on 2 cores 128 kB take as long as 1 kB: what a byte costs is seen beyond."""
 _KERNEL_SIZES = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 _SIZE_OF_MANY = 1 << 18
 _LEAST_PER_RANK = 1 << 11
@@ -110,7 +111,7 @@ def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, 
         kernels = _kernels(ranks, repeats, advance)
         calls: dict[str, list[Call]] = {group: [] for group in ranks.groups}
         for group, kind in plan:
-            calls[group] += _calls(ranks, kind, group, 0.6 * seconds / len(plan), repeats)
+            calls[group] += _calls(ranks, kind, group, seconds / len(plan), repeats)
             advance()
         # Times are those of all ranks together, and so alike on all: each makes the same profile.
         profile = _profile(ranks, calls, kernels, cores, nominal_bytes_per_s)
@@ -143,7 +144,8 @@ def _profile(
         bandwidth_bytes_per_s=outer.bandwidth_bytes_per_s,
         latency_s=outer.latency_s,
         efficiency=efficiency,
-        node_bandwidth_bytes_per_s=inner.bandwidth_bytes_per_s if inner else None,
+        # Where the processor is the limit, what it takes is in the collectives' costs already.
+        node_bandwidth_bytes_per_s=inner.bandwidth_bytes_per_s if inner and inner.is_limit else None,
         node_latency_s=inner.latency_s if inner else 0.0,
         facts={
             "ranks": ranks.world_size,
@@ -226,14 +228,12 @@ def _kernel_cost(points: Sequence[tuple[int, float]], of_many: tuple[int, float]
 def _calls(ranks: Ranks, kind: str, group: str, budget_s: float, repeats: int) -> list[Call]:
     """Time one collective on growing sizes, until the next one would take too long."""
     found: list[Call] = []
-    begin = before = time.perf_counter()
+    begin = time.perf_counter()
     for size, after in itertools.pairwise([*_SIZES, 4 * _SIZES[-1]]):
         found.append(ranks.call(kind, size, group, repeats))
-        now = time.perf_counter()
-        expected_s = (now - before) * after / size
-        if len(found) >= 3 and ranks.agreed(now - begin + expected_s) > budget_s:
+        expected_s = ranks.expected_s(found[-1].timing.wall_s * after / size, repeats)
+        if len(found) >= 3 and ranks.agreed(time.perf_counter() - begin + expected_s) > budget_s:
             break
-        before = now
     return found
 
 

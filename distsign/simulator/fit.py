@@ -99,7 +99,7 @@ def fit_collectives(
         walls[kind] = non_negative_fit(np.stack([ones, messages, link, crowded], 1), wall)
         cpus[kind] = non_negative_fit(np.stack([ones, messages, sent], 1), cpu)
     bandwidth, least_cpu = bandwidth_bytes_per_s, min(cost[2] for cost in cpus.values())
-    is_limit = 1 / bandwidth > 1.2 * least_cpu
+    is_limit = 1 / bandwidth > 1.2 * stretch * least_cpu
     if nominal_bytes_per_s is not None:
         least, most = (share * nominal_bytes_per_s for share in _LINK_LIMITED)
         is_limit = least <= bandwidth <= most

@@ -5,6 +5,7 @@ It times the calls that the hooks make: all-reduce of floats, all-to-all and all
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -209,6 +210,12 @@ class Ranks:
 
         found = self.time(row, repeats, takes_part=takes_part)
         return Timing(found.wall_s / count, found.cpu_s / count)
+
+    def expected_s(self, wall_s: float, repeats: int) -> float:
+        """Return about how long `call` takes of a collective that takes `wall_s`."""
+        row_s = wall_s if self.device.type != "cpu" else max(wall_s, min(_ROW_S, _LONGEST_ROW * wall_s))
+        counted = min(repeats, max(_LEAST_REPEATS, math.ceil(_ENOUGH_S / max(row_s, 1e-9))))
+        return (_WARM_UP + 1) * wall_s + (_WARM_UP + counted) * row_s
 
     def _prepared(
         self, kind: str, num_bytes: int, group: dist.ProcessGroup | None, size: int
