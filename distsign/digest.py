@@ -5,7 +5,9 @@ They find faults, not forgers: who knows the function can make another tensor of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -66,16 +68,22 @@ def write_checksum(payload: Tensor) -> None:
         payload[-CHECKSUM_BYTES:] = checksums(payload[None, :-CHECKSUM_BYTES])[0]
 
 
-def find_damaged(payloads: Tensor) -> Tensor:
-    """Return which payloads are not as `write_checksum` left them, bool `[num_payloads]`.
+def find_damaged(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return which payloads are not as `write_checksum` left them, bool `[num_rows, len(sizes)]`.
 
     Args:
-        payloads: uint8 `[num_payloads, n]`, each contiguous.
+        rows: uint8 `[num_rows, sum(sizes)]`, contiguous: in each, payloads of these sizes one after the other.
+        sizes: bytes of each payload of a row.
     """
-    if payloads.device.type == "cpu":
-        rows = payloads.numpy()
-        return torch.tensor([bytes(r[-CHECKSUM_BYTES:]) != _checksum(r[:-CHECKSUM_BYTES].data) for r in rows])
-    return (checksums(payloads[:, :-CHECKSUM_BYTES]) != payloads[:, -CHECKSUM_BYTES:]).any(1)
+    if rows.device.type == "cpu":
+        data, ends = rows.numpy().reshape(-1).data, list(accumulate([*sizes] * rows.shape[0]))
+        cuts = [(end - size, end - CHECKSUM_BYTES, end) for size, end in zip([*sizes] * rows.shape[0], ends, strict=True)]
+        found = [_checksum(data[start:last]) != data[last:end] for start, last, end in cuts]
+        return torch.tensor(found, dtype=torch.bool).view(rows.shape[0], -1)
+    parts = torch.split(rows, list(sizes), dim=1)
+    return torch.stack(
+        [(checksums(part[:, :-CHECKSUM_BYTES]) != part[:, -CHECKSUM_BYTES:]).any(1) for part in parts], dim=1
+    )
 
 
 def _checksum(data: memoryview) -> bytes:

@@ -22,7 +22,7 @@ from distsign.owner import Owner
 from distsign.payload import Form
 from distsign.sizes import caps_at
 from distsign.traffic import ExchangeBytes
-from distsign.wire.header import HEADER_BYTES, POISON_BYTE, POISON_FLAG, Header, PayloadError
+from distsign.wire.header import Header, PayloadError
 
 __all__ = ["EXCHANGES", "Verdicts", "VoteExchange"]
 
@@ -195,7 +195,7 @@ class VoteExchange:
         own = ballots.sizes[self.rank]
         found = self._voters.all_to_all(buffer, list(ballots.sizes), [own] * self.num_voters, "ballots to their owners")
         received = found.view(self.num_voters, own)
-        poisoned = self.admission.poison(self._check(ballots, {self.rank: received}, self.local_rank))
+        poisoned = self.admission.poison(self._check(ballots, received, [self.rank], self.local_rank).squeeze(1))
         payload = self._count(ballots, verdicts, self.rank, received, poisoned, owner, starts, kernels)
         return self._voters.share(payload, verdicts.sizes, "verdicts to all ranks")
 
@@ -205,8 +205,7 @@ class VoteExchange:
         Raises:
             PayloadError: if a payload is not what this rank expects.
         """
-        parts = enumerate(torch.split(payloads, list(verdicts.sizes)))
-        poisoned = self._check(verdicts, {owner: part.unsqueeze(0) for owner, part in parts}, column).any()
+        poisoned = self._check(verdicts, payloads.unsqueeze(0), range(len(verdicts.sizes)), column).any()
         planes, crowded, mean, ok = verdicts.open_all(payloads, kernels)
         return Verdicts(planes, crowded, mean, self._require(ok, poisoned, "verdicts"))
 
@@ -215,8 +214,7 @@ class VoteExchange:
     ) -> Tensor:
         received = self._voters.all_gather(buffer, "ballots to all ranks")
         parts = [part.contiguous() for part in torch.split(received, list(ballots.sizes), dim=1)]
-        sent = self._check(ballots, dict(enumerate(parts)), self.local_rank).view(len(parts), self.num_voters).any(0)
-        poisoned = self.admission.poison(sent)
+        poisoned = self.admission.poison(self._check(ballots, received, range(len(parts)), self.local_rank).any(1))
         payloads = []
         for k, mine in enumerate(parts):
             payloads.append(self._count(ballots, verdicts, k, mine, poisoned, owner, starts, kernels))
@@ -273,38 +271,46 @@ class VoteExchange:
         self._mismatch = bad if self._mismatch is None else self._mismatch | bad
         return poisoned | bad
 
-    def _check(self, form: Form, payloads: dict[int, Tensor], column: int) -> Tensor:
-        """Hold each header against the expected one; return which payloads carry poison or came damaged, bool.
+    def _check(self, form: Form, rows: Tensor, owners: Sequence[int], column: int) -> Tensor:
+        """Hold each payload against what is expected; return which carry poison or came damaged.
 
         Args:
             form: of the payloads.
-            payloads: by owner, uint8 `[num_senders, sizes[owner]]`: verdicts of the owner itself, or the ballots of all
-                voters.
+            rows: uint8 `[num_rows, any]`, in each the payloads on the pieces of these owners: a row for the ballots of
+                each voter, or a single one for the verdicts of the owners themselves.
+            owners: see above.
             column: number in its node of the ranks that wrote them.
+
+        Returns:
+            bool `[num_rows, num_owners]`.
         """
-        rows = torch.cat([part[:, :HEADER_BYTES] for part in payloads.values()])
-        owners = [owner for owner, part in payloads.items() for _ in part]
-        senders = owners if form.verdict else [k for part in payloads.values() for k in range(part.shape[0])]
-        poisoned = (rows[:, POISON_BYTE] & POISON_FLAG) != 0
-        foreign = form.foreign(owners, rows)
+        headers, poisoned, foreign = form.read_headers(rows, owners)
         if self._checksum:
-            damaged = torch.cat([find_damaged(part) for part in payloads.values()])
-            writers = form.layout.table(
-                ("writers", column, *senders),
-                lambda: [1 + k * self._ranks_per_node + column for k in senders],
-                rows.device,
-            )
-            self._damage = torch.maximum(self._damage.to(rows.device), (damaged * writers).max())
-            poisoned = poisoned | damaged
-            foreign = foreign & ~damaged  # a damaged header is not to be believed
+            damaged = find_damaged(rows, [form.sizes[owner] for owner in owners])
+            if damaged.device.type != "cpu" or damaged.any():
+                self._note_damage(form, damaged, column)
+                poisoned = poisoned | damaged
+                foreign = foreign & ~damaged  # a damaged header is not to be believed
         if rows.device.type == "cpu":
             if foreign.any():
-                k = int(foreign.nonzero()[0])
-                Header.expect(bytes(rows[k].tolist()), form.headers[owners[k]], sender=senders[k], receiver=self.rank)
+                row, k = foreign.nonzero()[0].tolist()
+                sender = owners[k] if form.verdict else row
+                data = bytes(headers[row, k].tolist())
+                Header.expect(data, form.headers[owners[k]], sender=sender, receiver=self.rank)
             return poisoned
         bad = foreign.any()  # of what came damaged `agree` takes note
         self._mismatch = bad if self._mismatch is None else self._mismatch | bad
         return poisoned | bad
+
+    def _note_damage(self, form: Form, damaged: Tensor, column: int) -> None:
+        """Remember for `tell` a rank whose payload came damaged, bool `[num_rows, num_owners]` as of `_check`."""
+        writers = form.layout.table(
+            ("writers", form.verdict, column),
+            lambda: [1 + k * self._ranks_per_node + column for k in range(self.num_voters)],
+            damaged.device,
+        )
+        of_each = damaged * (writers if form.verdict else writers.unsqueeze(1))
+        self._damage = torch.maximum(self._damage.to(damaged.device), of_each.max())
 
     def tell(self) -> None:
         """Send word to all ranks of what this one has seen in the step, whose last payloads it has just read.

@@ -174,6 +174,10 @@ class Layout:
             self.tables[key] = torch.as_tensor(np.asarray(make(), dtype=np.int64)).to(device)
         return self.tables[key]
 
+    def header_places(self) -> IntArray:
+        """Return the places in the buffer of all bytes of all headers, int64 `[num_owners * HEADER_BYTES]`."""
+        return np.add.outer(np.asarray(self.offsets, dtype=np.int64), np.arange(HEADER_BYTES)).ravel()
+
     def census_places(self, device: torch.device) -> Tensor:
         """Return the bit of each piece in the census of all owners, each padded to bytes; int64 `[num_pieces]`."""
         return self.table(("census",), self._census_places, device)

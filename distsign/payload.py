@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from distsign.wire.header import CHECKSUM_BYTES, HEADER_BYTES, POISON_BYTE, POIS
 from distsign.wire.sparse import SparseCode
 
 __all__ = ["Form", "Opened", "forms"]
+
+_POISON = POISON_FLAG << 8 * POISON_BYTE  # in the word that a header's bytes are, little-endian
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Opened:
     def num_votes(self, kernels: Kernels) -> Tensor:
         """Return how many votes each sender's body holds by its own bits, int64 `[num_senders]`; 0 if malformed."""
         rows, at, ok = self.planes(kernels)
-        return torch.where(ok, _count_bits(rows[:, at : at + self.num_bytes]), 0)
+        return torch.where(ok, kernels.count_votes(rows, at, self.num_bytes), 0)
 
     def without(self, senders: Tensor) -> Opened:
         """Return the same with abstentions in place of what some senders (bool `[num_senders]`) wrote."""
@@ -168,9 +171,9 @@ class Form:
         clean, poison = self._headers(planes.device)
         headers = torch.where(poisoned, poison, clean)
         if self._is_layout:
-            for header, payload in zip(headers, torch.split(planes, list(self.sizes)), strict=True):
-                payload[:HEADER_BYTES] = header
-                if self.layout.checksum:
+            planes[self.layout.table(("header places",), self.layout.header_places, planes.device)] = headers.flatten()
+            if self.layout.checksum:
+                for payload in torch.split(planes, list(self.sizes)):
                     write_checksum(payload)
             return planes
         buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, device=planes.device)
@@ -244,20 +247,26 @@ class Form:
         last = self.sizes[owner] - CHECKSUM_BYTES * self.layout.checksum
         return HEADER_BYTES + self.census_bytes[owner], last - 4 * self.raw_elements[owner], last
 
-    def foreign(self, owners: Sequence[int], headers: Tensor) -> Tensor:
-        """Return which headers are others than the payloads of these owners must have, poison aside; bool `[n]`.
+    def read_headers(self, rows: Tensor, owners: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Hold the headers of payloads against the expected ones.
 
         Args:
-            owners: of each, whose pieces it speaks of.
-            headers: uint8 `[n, HEADER_BYTES]`.
+            rows: uint8 `[num_rows, any]`, in each the payloads on the pieces of these owners, one after the other.
+            owners: see above.
+
+        Returns:
+            `(headers, poisoned, foreign)`: uint8 `[num_rows, num_owners, HEADER_BYTES]`, and of each whether it says
+            poison, and whether it is another than it must be, poison aside; bool `[num_rows, num_owners]`.
         """
-        device, tables = headers.device, self.layout.tables
-        key = ("expected", self._kind, *owners, device)
+        tables, key = self.layout.tables, ("expected", self._kind, *owners, rows.device)
         if key not in tables:
-            tables[key] = self._headers(device)[0, list(owners)]
-        differences = headers ^ tables[key]
-        differences[:, POISON_BYTE] &= ~POISON_FLAG & 0xFF
-        return (differences != 0).any(1)  # of bytes, `any` is a byte
+            tables[key] = self._headers(rows.device)[0, list(owners)].view(torch.int64).squeeze(1)
+        starts = accumulate((self.sizes[owner] for owner in owners[:-1]), initial=0)
+        # A header is one word: so it takes a few operations to look at all bytes of all of them.
+        headers = torch.cat([rows[:, start : start + HEADER_BYTES] for start in starts], dim=1)
+        words = headers.view(torch.int64)
+        poisoned = (words & _POISON) != 0
+        return headers.view(*words.shape, HEADER_BYTES), poisoned, ((words ^ tables[key]) & ~_POISON) != 0
 
     def open(self, owner: int, payloads: Tensor) -> Opened:
         """Take apart one owner's payloads from several senders; nothing is checked yet.
@@ -368,15 +377,3 @@ def forms(layout: Layout, density: Density, wire: str, *, owner_carry: bool, num
     # Without a carry at the owner nothing may be left behind there, and there are at most so many verdicts.
     back = caps_at(density, length, 1 if owner_carry else num_owners)
     return ballots, build(verdict=True, caps=back)
-
-
-def _count_bits(rows: Tensor) -> Tensor:
-    """Return the ones in each row of bytes, int64."""
-    if rows.device.type == "cpu":
-        words = rows.shape[1] // 8 * 8
-        counts = np.bitwise_count(np.ascontiguousarray(rows[:, :words].numpy()).view(np.uint64)).sum(1, dtype=np.int64)
-        return torch.from_numpy(counts + np.bitwise_count(rows[:, words:].numpy()).sum(1, dtype=np.int64))
-    # Pairs, nibbles and bytes are added up within each byte.
-    pairs = rows - ((rows >> 1) & 0x55)
-    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(1, dtype=torch.int64)

@@ -276,6 +276,12 @@ def turns(rng: np.random.Generator, spans: Spans) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------------------- owner
 
 
+def test_count_votes(kernels: Kernels) -> None:
+    rng = np.random.default_rng(1)
+    for num_bytes in (0, 1, 8, 513):
+        agree(kernels, "count_votes", random_bytes(rng, 3, 5 + num_bytes + 4), 5, num_bytes)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 7])
 def test_tally(kernels: Kernels, world_size: int) -> None:
     rng = np.random.default_rng(world_size)

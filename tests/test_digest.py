@@ -81,6 +81,20 @@ def test_a_payload_and_its_checksum(num_bytes: int) -> None:
     for payload in payloads:
         write_checksum(payload)
     assert torch.equal(payloads[:, num_bytes:], checksums(payloads[:, :num_bytes]))
-    assert not find_damaged(payloads).any()
+    assert not find_damaged(payloads, [num_bytes + CHECKSUM_BYTES]).any()
     payloads[1, num_bytes // 2] ^= 4
-    assert find_damaged(payloads).tolist() == [False, True, False]
+    assert find_damaged(payloads, [num_bytes + CHECKSUM_BYTES]).tolist() == [[False], [True], [False]]
+
+
+def test_payloads_of_several_sizes_in_a_row() -> None:
+    sizes = [5, 70, 4, 33]
+    rows = torch.randint(0, 256, (3, sum(sizes)), dtype=torch.uint8)
+    for row in rows:
+        for payload in torch.split(row, sizes):
+            write_checksum(payload)
+    assert not find_damaged(rows, sizes).any()
+    rows[0, 3] ^= 1  # of the first payload
+    rows[2, 75] ^= 128  # the checksum of the third, which has nothing else
+    expected = torch.zeros(3, 4, dtype=torch.bool)
+    expected[0, 0] = expected[2, 2] = True
+    assert torch.equal(find_damaged(rows, sizes), expected)

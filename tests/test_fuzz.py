@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numba
 import numpy as np
 import numpy.typing as npt
@@ -203,8 +205,8 @@ def take_any_header(data: bytes, expected: Header, *, sender: int, receiver: int
     return expected
 
 
-def see_no_damage(payloads: Tensor) -> Tensor:
-    return torch.zeros(payloads.shape[0], dtype=torch.bool)
+def see_no_damage(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    return torch.zeros(rows.shape[0], len(sizes), dtype=torch.bool)
 
 
 def take_any_body(body: Tensor, code: SparseCode, num_bytes: int, out: Tensor) -> Tensor:

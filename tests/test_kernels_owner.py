@@ -41,6 +41,18 @@ def planes(votes: Votes) -> tuple[bytes, bytes]:
     return tuple(np.packbits(bits, bitorder="little").tobytes() for bits in (in_order != 0, in_order < 0))  # type: ignore[return-value]
 
 
+@every_backend
+@pytest.mark.parametrize("num_bytes", [0, 1, 7, 8, 9, 63, 64, 65, 1000])
+def test_votes_of_each_row_are_counted(kernels: Kernels, num_bytes: int) -> None:
+    """Whatever lies before the plane, and behind it, is none."""
+    rows = np.random.default_rng(num_bytes).integers(0, 256, (3, 5 + num_bytes + 9), dtype=np.uint8)
+    rows[1] = 255
+    expected = [int.from_bytes(row[5 : 5 + num_bytes].tobytes(), "little").bit_count() for row in rows]
+    counts = kernels.count_votes(torch.from_numpy(rows), 5, num_bytes)
+    assert counts.dtype == torch.int64
+    assert counts.tolist() == expected
+
+
 @dataclass(frozen=True)
 class Pieces:
     """Pieces with their planes' places in a body, which `num_bytes` bytes of masks begin and as many of signs end."""

@@ -227,6 +227,16 @@ class Kernels(Protocol):
         """
         ...
 
+    def count_votes(self, payloads: Tensor, body_at: int, num_bytes: int) -> Tensor:
+        """Return the ones in each row's mask plane, int64 `[num_rows]`: the votes that a sender has cast.
+
+        Args:
+            payloads: as `tally` takes them.
+            body_at: byte in a row where the mask plane begins.
+            num_bytes: bytes of the plane.
+        """
+        ...
+
     def encode_sparse(self, planes: Tensor, num_bytes: int, code: SparseCode, out: Tensor) -> Tensor:
         """Write a mask and a sign plane as an Elias-Fano index set with one sign bit an index (`wire.sparse`).
 

@@ -35,6 +35,7 @@ with FileLock(Path(tempfile.gettempdir()) / f"distsign-numba-{os.getuid()}.lock"
 
 __all__ = [
     "active",
+    "count_votes",
     "decode_sparse",
     "encode_sparse",
     "moments",
@@ -140,6 +141,12 @@ def settle_carry(  # noqa: D103
 def _places(payloads: Tensor) -> int:
     """Return the binary places that count to twice the workers; the first one's two-bit number needs two."""
     return max(2, (2 * payloads.shape[0]).bit_length())
+
+
+def count_votes(payloads: Tensor, body_at: int, num_bytes: int) -> Tensor:  # noqa: D103
+    counts = torch.empty(payloads.shape[0], dtype=torch.int64)
+    jit_owner.count_votes(payloads.numpy(), body_at, num_bytes, counts.numpy())
+    return counts
 
 
 def tally(payloads: Tensor, body_at: int, num_bytes: int, margin: int, out: Tensor) -> None:  # noqa: D103

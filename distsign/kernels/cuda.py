@@ -25,6 +25,7 @@ from distsign.wire.sparse import SparseCode
 
 __all__ = [
     "active",
+    "count_votes",
     "decode_sparse",
     "encode_sparse",
     "moments",
@@ -166,6 +167,14 @@ def unpack(payload: Tensor, spans: Spans, value: Tensor, out: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------- owner
+
+
+def count_votes(payloads: Tensor, body_at: int, num_bytes: int) -> Tensor:  # noqa: D103
+    plane = payloads[:, body_at : body_at + num_bytes]
+    # Pairs, nibbles and bytes are added up within each byte.
+    pairs = plane - ((plane >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(1, dtype=torch.int64)
 
 
 def tally(payloads: Tensor, body_at: int, num_bytes: int, margin: int, out: Tensor) -> None:  # noqa: D103

@@ -85,11 +85,14 @@ def _settle_range(mask, sign, first, last, num_blocked, left, carry, home, words
 
 @_jit
 def _count(plane, words):
-    count = 0
-    for at in range(0, plane.size, _LINE):
-        if _load_line(plane, at, min(plane.size, at + _LINE), words):
-            for i in range(words.size):
-                count += np.int64(count_ones(words[i]))
+    whole = plane.size // _LINE * _LINE
+    lines = plane[:whole].view(np.uint64)  # not line by line: so it is vectors' work
+    count = np.int64(0)
+    for i in range(lines.size):
+        count += np.int64(count_ones(lines[i]))
+    if _load_line(plane, whole, plane.size, words):
+        for i in range(words.size):
+            count += np.int64(count_ones(words[i]))
     return count
 
 

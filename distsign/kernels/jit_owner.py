@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from distsign.kernels.jit import _compiled, _inline, _jit
-from distsign.kernels.jit_bits import copy_bytes
+from distsign.kernels.jit_bits import copy_bytes, count_ones
 from distsign.kernels.spans import BLOCK, LANES
 
-__all__ = ["count_ballots", "count_onto", "count_standing"]
+__all__ = ["count_ballots", "count_onto", "count_standing", "count_votes"]
 
 _CHUNK = 512
 _WORDS = _CHUNK // 8
@@ -70,6 +70,20 @@ def _decide(places, world_size, margin, num_places, mask, negative):
     _compare(places, world_size + margin, num_places, greater, equal)
     for i in range(_WORDS):
         mask[i] = greater[i] | equal[i] | negative[i]
+
+
+@_compiled("(uint8[:, ::1], int64, int64, int64[::1])")
+def count_votes(payloads, body_at, num_bytes, counts):
+    """Count the ones of each row's mask plane, of which whole words are vectors' work."""
+    whole = num_bytes // 8 * 8
+    last = np.zeros(1, np.uint64)
+    for w in range(payloads.shape[0]):
+        words = payloads[w, body_at : body_at + whole].view(np.uint64)
+        count = np.int64(0)
+        for i in range(words.size):
+            count += np.int64(count_ones(words[i]))
+        copy_bytes(last.view(np.uint8), 0, payloads[w], body_at + whole, num_bytes - whole)
+        counts[w] = count + np.int64(count_ones(last[0]))
 
 
 @_compiled("(uint8[:, ::1], int64, int64, int64, int64, uint8[::1])")

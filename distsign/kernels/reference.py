@@ -17,6 +17,7 @@ from distsign.kernels.spans import BLOCK, LANES, Spans, plane_bytes
 
 __all__ = [
     "active",
+    "count_votes",
     "decode_sparse",
     "encode_sparse",
     "moments",
@@ -85,6 +86,10 @@ def pack(grad: Tensor, spans: Spans, thresholds: Tensor, out: Tensor) -> tuple[T
         out[mask_at : mask_at + plane_bytes(length)] = pack_plane(votes)
         out[sign_at : sign_at + plane_bytes(length)] = pack_plane(votes & (x < 0))
     return counts, finite
+
+
+def count_votes(payloads: Tensor, body_at: int, num_bytes: int) -> Tensor:  # noqa: D103
+    return unpack_bytes(payloads[:, body_at : body_at + num_bytes]).sum((1, 2))
 
 
 def tally(payloads: Tensor, body_at: int, num_bytes: int, margin: int, out: Tensor) -> None:  # noqa: D103
