@@ -58,6 +58,9 @@ class Admission:
         Args:
             sent: bool `[num_voters]`.
         """
+        some = sent.any()
+        if some.device.type == "cpu" and not some:  # nearly always; elsewhere it would wait for the device
+            return some
         self._move(sent.device)
         self.seen = self.seen | sent
         return (sent & ~self.left_out).any()
@@ -125,6 +128,8 @@ class Admission:
         if self.max_poison_streak is None:
             return
         seen = seen.to(self.left_out.device)
+        if seen.device.type == "cpu" and not (seen.any() or self._run.any() or self.left_out.any()):
+            return  # nearly always
         few = 2 * seen.sum() < seen.numel()
         run = torch.where(seen ^ self.left_out, self._run + 1, 0)
         turned = few & (run >= self.max_poison_streak)

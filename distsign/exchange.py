@@ -284,23 +284,26 @@ class VoteExchange:
         Returns:
             bool `[num_rows, num_owners]`.
         """
-        headers, poisoned, foreign = form.read_headers(rows, owners)
+        on_cpu = rows.device.type == "cpu"
+        damaged = rows.new_zeros(rows.shape[0], len(owners), dtype=torch.bool)
         if self._checksum:
             damaged = find_damaged(rows, [form.sizes[owner] for owner in owners])
-            if damaged.device.type != "cpu" or damaged.any():
+            if not on_cpu or damaged.any():
                 self._note_damage(form, damaged, column)
-                poisoned = poisoned | damaged
-                foreign = foreign & ~damaged  # a damaged header is not to be believed
-        if rows.device.type == "cpu":
+        if on_cpu and form.has_usual_headers(rows, owners):
+            return damaged
+        headers, poisoned, foreign = form.read_headers(rows, owners)
+        foreign = foreign & ~damaged  # a damaged header is not to be believed
+        if on_cpu:
             if foreign.any():
                 row, k = foreign.nonzero()[0].tolist()
                 sender = owners[k] if form.verdict else row
                 data = bytes(headers[row, k].tolist())
                 Header.expect(data, form.headers[owners[k]], sender=sender, receiver=self.rank)
-            return poisoned
+            return poisoned | damaged
         bad = foreign.any()  # of what came damaged `agree` takes note
         self._mismatch = bad if self._mismatch is None else self._mismatch | bad
-        return poisoned | bad
+        return poisoned | damaged | bad
 
     def _note_damage(self, form: Form, damaged: Tensor, column: int) -> None:
         """Remember for `tell` a rank whose payload came damaged, bool `[num_rows, num_owners]` as of `_check`."""

@@ -71,7 +71,8 @@ class Opened:
     def num_votes(self, kernels: Kernels) -> Tensor:
         """Return how many votes each sender's body holds by its own bits, int64 `[num_senders]`; 0 if malformed."""
         rows, at, ok = self.planes(kernels)
-        return torch.where(ok, kernels.count_votes(rows, at, self.num_bytes), 0)
+        counts = kernels.count_votes(rows, at, self.num_bytes)
+        return counts if self.code is None else torch.where(ok, counts, 0)
 
     def without(self, senders: Tensor) -> Opened:
         """Return the same with abstentions in place of what some senders (bool `[num_senders]`) wrote."""
@@ -246,6 +247,23 @@ class Form:
         """Return where in an owner's payload its body begins and ends, and where the checksum would begin."""
         last = self.sizes[owner] - CHECKSUM_BYTES * self.layout.checksum
         return HEADER_BYTES + self.census_bytes[owner], last - 4 * self.raw_elements[owner], last
+
+    def has_usual_headers(self, rows: Tensor, owners: Sequence[int]) -> bool:
+        """Return whether all headers are the expected ones, without poison; on the CPU, where it spares `read_headers`.
+
+        Args:
+            rows: see `read_headers`.
+            owners: see `read_headers`.
+        """
+        data, at, found = rows.numpy().reshape(-1).data, 0, []
+        for size in [self.sizes[owner] for owner in owners] * rows.shape[0]:
+            found.append(data[at : at + HEADER_BYTES])
+            at += size
+        return b"".join(found) == b"".join([self._usual_headers[owner] for owner in owners]) * rows.shape[0]
+
+    @cached_property
+    def _usual_headers(self) -> tuple[bytes, ...]:
+        return tuple(header.encode() for header in self.headers)
 
     def read_headers(self, rows: Tensor, owners: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Hold the headers of payloads against the expected ones.

@@ -237,9 +237,12 @@ class Voter:
         memory = None if forget else self.memory  # where the carry forgets, packing has cleared it
         wanted = kernels.settle_carry(out, pieces, limits, torch.from_numpy(starts), memory)
         limits = upload(limits, wanted.device)
+        crowded = wanted > limits
+        if crowded.device.type == "cpu" and not crowded.any():
+            return counts, crowded
         row = layout.table(("rows",), lambda: pieces.row, wanted.device)
         kept = torch.zeros_like(counts).index_add_(0, row, torch.minimum(wanted, limits))
-        return kept, wanted > limits
+        return kept, crowded
 
     def commit(self, poisoned: Tensor) -> None:
         """Remember what this step's casts have changed, or forget it if the step was poisoned.
