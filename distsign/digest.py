@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -76,9 +75,11 @@ def find_damaged(rows: Tensor, sizes: Sequence[int]) -> Tensor:
         sizes: bytes of each payload of a row.
     """
     if rows.device.type == "cpu":
-        data, ends = rows.numpy().reshape(-1).data, list(accumulate([*sizes] * rows.shape[0]))
-        cuts = [(end - size, end - CHECKSUM_BYTES, end) for size, end in zip([*sizes] * rows.shape[0], ends, strict=True)]
-        found = [_checksum(data[start:last]) != data[last:end] for start, last, end in cuts]
+        data, found, start = rows.numpy().reshape(-1).data, [], 0
+        for size in [*sizes] * rows.shape[0]:
+            end = start + size
+            found.append(_checksum(data[start : end - CHECKSUM_BYTES]) != data[end - CHECKSUM_BYTES : end])
+            start = end
         return torch.tensor(found, dtype=torch.bool).view(rows.shape[0], -1)
     parts = torch.split(rows, list(sizes), dim=1)
     return torch.stack(

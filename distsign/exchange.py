@@ -20,7 +20,6 @@ from distsign.kernels import Kernels
 from distsign.layout import IntArray
 from distsign.owner import Owner
 from distsign.payload import Form
-from distsign.sizes import caps_at
 from distsign.traffic import ExchangeBytes
 from distsign.wire.header import Header, PayloadError
 
@@ -233,14 +232,14 @@ class VoteExchange:
         kernels: Kernels,
     ) -> Tensor:
         """Turn all workers' payloads on one shard into the payload of its verdicts."""
-        most = 0
-        if self.admission.max_density is not None:
-            most = int(caps_at(self.admission.max_density, ballots.layout.owned(shard)[0].length).sum())
+        most, density, layout = 0, self.admission.max_density, ballots.layout
+        if density is not None:
+            most = int(layout.most_votes(density)[layout.owned(shard)[1]].sum())
         found = self.admission.admit(ballots.open(shard, received), most, kernels)
         mean = self.admission.mean(found.raw)
         if mean.numel():  # finite numbers may well have an infinite sum
             poisoned = poisoned | ~mean.isfinite().all()
-        planes, too_many, ok = owner.count(found, ballots.layout, shard, verdicts.caps, starts, kernels)
+        planes, too_many, ok = owner.count(found, layout, shard, verdicts.caps, starts, kernels)
         poisoned = self._require(ok, poisoned, "ballots")
         crowded = None
         if found.crowded is not None:

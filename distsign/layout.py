@@ -19,7 +19,7 @@ from torch import Tensor
 from distsign.kernels.spans import Spans, plane_bytes
 from distsign.wire.header import CHECKSUM_BYTES, HEADER_BYTES
 
-__all__ = ["IntArray", "Layout", "Shape", "shard_table", "shards"]
+__all__ = ["IntArray", "Layout", "Shape", "caps_at", "shard_table", "shards"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -88,6 +88,20 @@ def shard_table(shapes: Sequence[Shape], world_size: int) -> tuple[IntArray, Int
     return owners, np.concatenate([length[small], np.diff(cuts, axis=1).ravel()])
 
 
+def caps_at(density: float | npt.NDArray[np.float64], length: IntArray, voters: int = 1) -> IntArray:
+    """Return the most votes of pieces of these lengths: their share by density, at least one each, for all voters.
+
+    `density` is that of all, or float64 `[num_pieces]`.
+
+    Example:
+        >>> caps_at(0.01, np.array([10, 1000, 0])).tolist()
+        [1, 10, 0]
+    """
+    one = np.maximum(1, np.floor(density * length)).astype(np.int64)
+    capped: IntArray = np.minimum(length, voters * one)
+    return capped
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """The payloads of one exchange group: one or more buckets that travel together.
@@ -126,6 +140,16 @@ class Layout:
     def all_pieces(self) -> Spans:
         """The pieces of all buckets, in order; `start` is of no use in it."""
         return Spans(*(np.concatenate([getattr(p, field.name) for p in self.pieces]) for field in fields(Spans)))
+
+    def most_votes(self, density: float) -> IntArray:
+        """Return `caps_at` one density of all pieces, made at the first call; int64 `[num_pieces]`."""
+        if density not in self._most_votes:
+            self._most_votes[density] = caps_at(density, self.all_pieces.length)
+        return self._most_votes[density]
+
+    @cached_property
+    def _most_votes(self) -> dict[float, IntArray]:
+        return {}
 
     @cached_property
     def _owned(self) -> dict[int, tuple[Spans, IntArray]]:

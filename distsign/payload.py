@@ -21,8 +21,8 @@ from torch import Tensor
 
 from distsign.digest import write_checksum
 from distsign.kernels import Kernels, plane_bytes
-from distsign.layout import IntArray, Layout
-from distsign.sizes import Density, caps_at
+from distsign.layout import IntArray, Layout, caps_at
+from distsign.sizes import Density
 from distsign.wire.bits import pack_bits, read_floats, unpack_bits
 from distsign.wire.header import CHECKSUM_BYTES, HEADER_BYTES, POISON_BYTE, POISON_FLAG, Codec, Header
 from distsign.wire.sparse import SparseCode

@@ -27,7 +27,7 @@ from distsign.options import VoteOptions
 from distsign.plan import Column, Plan, fills_group
 from distsign.planner import GroupPlanner
 from distsign.registry import ParameterRegistry, VoteError
-from distsign.sizes import Density, caps_at
+from distsign.sizes import Density
 from distsign.statistics import VoteCounts
 from distsign.vote_memory import VoteMemory
 from distsign.voter import rotating_starts
@@ -235,7 +235,7 @@ class VotePipeline:
         caps, density = column.ballots.caps, self.options.max_density
         if density is None:
             return caps
-        most = caps_at(density, column.layout.all_pieces.length)
+        most = column.layout.most_votes(density)
         return most if caps is None else np.minimum(most, caps)
 
     def _run_beside(self, job: Callable[[], None], tensors: list[Tensor]) -> None:

@@ -7,28 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from distsign.layout import IntArray, Shape, shard_table
+from distsign.layout import IntArray, Shape, caps_at, shard_table
 from distsign.wire.header import CHECKSUM_BYTES, HEADER_BYTES
 from distsign.wire.sparse import SparseCode
 
-__all__ = ["Density", "caps_at", "density_for", "payload_sizes"]
+__all__ = ["Density", "density_for", "payload_sizes"]
 
 Density = float | npt.NDArray[np.float64] | None
 """Share of the components that payloads have slots for: of all pieces alike, or of each; None without a cap."""
-
-
-def caps_at(density: float | npt.NDArray[np.float64], length: IntArray, voters: int = 1) -> IntArray:
-    """Return the most votes of pieces of these lengths: their share by density, at least one each, for all voters.
-
-    `density` is that of all, or float64 `[num_pieces]`.
-
-    Example:
-        >>> caps_at(0.01, np.array([10, 1000, 0])).tolist()
-        [1, 10, 0]
-    """
-    one = np.maximum(1, np.floor(density * length)).astype(np.int64)
-    capped: IntArray = np.minimum(length, voters * one)
-    return capped
 
 
 def payload_sizes(

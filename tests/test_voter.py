@@ -13,8 +13,7 @@ from torch import Tensor
 from distsign import AdaptiveConfidence, Confidence, FixedConfidence, RMSConfidence, TargetDensity, voter
 from distsign.ballots import cast_ballots
 from distsign.kernels import Kernels, cpu, reference
-from distsign.layout import Layout, Shape
-from distsign.sizes import caps_at
+from distsign.layout import Layout, Shape, caps_at
 from distsign.voter import Voter, rotating_starts
 
 EVERY = [FixedConfidence(0.3), AdaptiveConfidence(), TargetDensity(0.1)]

@@ -20,7 +20,7 @@ from distsign.owner import make_owner
 from distsign.payload import Form
 from distsign.plan import COALESCE_BYTES, Column, Part, Plan
 from distsign.robustness.attacks import Attack, View
-from distsign.sizes import caps_at, density_for
+from distsign.sizes import density_for
 from distsign.steering import Steering
 from distsign.vote import require_margin
 from distsign.voter import Voter, rotating_starts
@@ -191,7 +191,7 @@ class Electorate:
     def _caps(self) -> IntArray | None:
         if self._column.ballots.caps is not None or self.options.max_density is None:
             return self._column.ballots.caps
-        return caps_at(self.options.max_density, self._column.layout.all_pieces.length)
+        return self._column.layout.most_votes(self.options.max_density)
 
     def _lie(self, gradients: Tensor, ballots: Tensor, planes: list[Tensor], starts: IntArray) -> list[Tensor]:
         """Return the planes that the liars send."""
