@@ -311,6 +311,8 @@ def _measure_all(options: argparse.Namespace) -> None:
     results = Results(Path(options.out, "quick") if options.quick else Path(options.out))  # of fewer steps: apart
     end = time.monotonic() + 60 * options.minutes
     left = [setting for setting in settings if setting.key not in results.measured]
+    # Machines are not the same half an hour later: a profile is measured against right after it was made.
+    left.sort(key=lambda setting: results.profile_path(setting).name)
     for setting in [] if options.report else left:
         if time.monotonic() > end:
             print(f"  {options.minutes:g} minutes are over; run it again to go on", file=sys.stderr, flush=True)
