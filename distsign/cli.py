@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from distsign.simulator import Cluster, Link, Profile, Scheme, Step, load_model
 from distsign.simulator.presets import PRESETS
-from distsign.simulator.report import BASELINES, compare, draw
+from distsign.simulator.report import BASELINES, compare, draw, require_drawable
 from distsign.simulator.schemes import SCHEMES, default_schemes
 from distsign.simulator.units import format_bandwidth, format_seconds, parse_bandwidth, parse_seconds
 from distsign.study import command as study
@@ -103,6 +103,8 @@ def _simulate(options: argparse.Namespace) -> int:
     sys.path.insert(0, os.getcwd())  # for module:function, as python -m has it
     for path in filter(None, (options.json, options.csv, options.picture)):
         _require_place(path)
+    if options.picture:
+        require_drawable(options.picture)
     profile = Profile.load(options.profile) if options.profile else Profile.ideal()
     cluster = _cluster(options, profile)
     model = load_model(options.model)

@@ -174,6 +174,7 @@ def test_advice() -> None:
     assert advice(slow, ["planes"], 5.0).startswith("fastest here: planes, by ")
     assert "gains less (--compute)" in advice(slow, ["planes"], 0.0)
     assert advice(fast, ["planes"], 0.0).startswith("do not compress: bf16 takes")
+    assert "--compute" not in advice(fast, ["planes"], 0.0)  # where nothing gains, nothing gains less
     assert "its kernels cost 150 ms more" in advice(fast, ["planes"], 0.0)
     assert "hides behind backward" in advice(fast, ["planes"], 10.0)
     assert advice(slow, ["fp32", "bf16"]).startswith("fastest here: bf16, by")

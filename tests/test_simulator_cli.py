@@ -70,6 +70,7 @@ BAD = {
     "workers that are no number": (["--workers", "many"], "invalid int value"),
     "absent profile": (["--profile", "/absent.json"], "cannot read the profile"),
     "no folder": (["--json", "/absent/a.json"], "there is no folder"),
+    "no picture": (["--picture", "/tmp/a.jpgg"], "the name of a picture must end with one of "),
     "a dash": (["--json", "-"], "cannot write to -, which is no file"),
     "both times": (["--compute", "1s", "--throughput", "3"], "give one of them"),
     "throughput without a batch": (["--throughput", "3"], "needs --batch-size"),
@@ -89,9 +90,10 @@ def test_bad_input_gets_one_line_and_exit_code_2(name: str, capsys: pytest.Captu
         code = main([*GOOD, *extra])
     except SystemExit as caught:
         code = int(str(caught.code))
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert code == 2
     assert words in err
+    assert not out  # it is said before anything is computed
     assert err.startswith("distsign: ")
     assert err.count("\n") == 1, err
 

@@ -17,7 +17,7 @@ from distsign.simulator.schemes import Scheme
 from distsign.simulator.tables import format_table
 from distsign.simulator.units import format_bandwidth, format_bytes, format_seconds
 
-__all__ = ["Comparison", "compare", "draw"]
+__all__ = ["Comparison", "compare", "draw", "require_drawable"]
 
 BASELINES = ("fp32", "bf16")
 
@@ -82,11 +82,6 @@ class Comparison:
 
     def advice(self) -> str:
         """Return one line: which scheme is fastest here, and by how much; or why not to compress."""
-        # The less a step computes, the more every scheme seems to gain.
-        alone = "" if self.steps[0].compute_s else ", of the exchange alone: a step gains less (--compute)"
-        return self._advice() + alone
-
-    def _advice(self) -> str:
         candidates = {each.scheme: each for each in (*self.baselines, *self.predictions)}
         ranked = sorted(candidates.values(), key=lambda each: each.step_s)
         best = ranked[0]
@@ -98,12 +93,17 @@ class Comparison:
             gain = _gain(best, rival)
             if gain < WORTH_PERCENT:
                 return f"do not compress: {best.scheme} is faster than {rival.scheme} by {gain:.2g} % only"
-            return f"fastest here: {best.scheme}, {_ahead(gain)} {rival.scheme}"
+            return self._fastest(best, rival)
         if not compressed:
             runner_up = next((each for each in ranked if each is not best), best)
-            return f"fastest here: {best.scheme}, {_ahead(_gain(best, runner_up))} {runner_up.scheme}"
+            return self._fastest(best, runner_up)
         why = _reason(best, compressed[0])
         return f"do not compress: {best.scheme} takes {format_seconds(best.step_s)} a step, {why}"
+
+    def _fastest(self, best: Prediction, rival: Prediction) -> str:
+        # The less a step computes, the more the fastest scheme seems to gain.
+        alone = "" if self.steps[0].compute_s else ", of the exchange alone: a step gains less (--compute)"
+        return f"fastest here: {best.scheme}, {_ahead(_gain(best, rival))} {rival.scheme}{alone}"
 
     def write_json(self, path: str | Path, settings: Mapping[str, Any]) -> None:
         """Write settings, rows and advice."""
@@ -174,12 +174,11 @@ def draw(steps: Sequence[Step], path: str | Path) -> None:
         path: a picture file, such as .png or .svg.
 
     Raises:
-        ValueError: if matplotlib is missing, or does not know the kind of file.
+        ValueError: see `require_drawable`.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-    except ImportError:
-        raise ValueError("pictures need matplotlib: pip install 'distsign[launch]', or leave --picture out") from None
+    require_drawable(path)
+    from matplotlib.figure import Figure  # noqa: PLC0415  (not pyplot: no window system, no global state)
+
     cluster = steps[0].cluster
     here = cluster.link.bandwidth_bytes_per_s
     centre = here if math.isfinite(here) else 1.25e9
@@ -207,10 +206,22 @@ def draw(steps: Sequence[Step], path: str | Path) -> None:
     left.legend(fontsize=8)
     costs = "the wire alone" if steps[0].profile == Profile.ideal() else "calibrated"
     figure.suptitle(f"{steps[0].model.name}, {cluster.num_workers} workers, {format_bandwidth(here)}, {costs}")
+    figure.savefig(path)
+
+
+def require_drawable(path: str | Path) -> None:
+    """Make sure that `draw` can write a file of this name, before anything is computed for it.
+
+    Raises:
+        ValueError: if matplotlib is missing, or does not know the kind of file.
+    """
     try:
-        figure.savefig(path)
-    except ValueError as error:
-        raise ValueError(f"cannot draw {path}: {error}") from error
+        from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415  (optional)
+    except ImportError:
+        raise ValueError("pictures need matplotlib: pip install 'distsign[launch]', or leave --picture out") from None
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(path).suffix[1:].lower() not in kinds:
+        raise ValueError(f"cannot draw {path}: the name of a picture must end with one of {', '.join(kinds)}")
 
 
 def _worker_counts(num_workers: int, per_node: int) -> list[int]:
