@@ -58,8 +58,7 @@ class Admission:
         Args:
             sent: bool `[num_voters]`.
         """
-        some = sent.any()
-        if some.device.type == "cpu" and not some:  # nearly always; elsewhere it would wait for the device
+        if sent.device.type == "cpu" and not (some := sent.any()):  # nearly always; elsewhere it would be waited for
             return some
         self._move(sent.device)
         self.seen = self.seen | sent

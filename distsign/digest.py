@@ -74,13 +74,19 @@ def find_damaged(rows: Tensor, sizes: Sequence[int]) -> Tensor:
         rows: uint8 `[num_rows, sum(sizes)]`, contiguous: in each, payloads of these sizes one after the other.
         sizes: bytes of each payload of a row.
     """
-    if rows.device.type == "cpu":
-        data, found, start = rows.numpy().reshape(-1).data, [], 0
-        for size in [*sizes] * rows.shape[0]:
-            end = start + size
-            found.append(_checksum(data[start : end - CHECKSUM_BYTES]) != data[end - CHECKSUM_BYTES : end])
-            start = end
-        return torch.tensor(found, dtype=torch.bool).view(rows.shape[0], -1)
+    if rows.device.type != "cpu":
+        return _find_damaged_at_once(rows, sizes)
+    assert rows.shape[1] == sum(sizes)
+    data, found, start = rows.numpy().reshape(-1).data, [], 0
+    for size in [*sizes] * rows.shape[0]:
+        end = start + size
+        found.append(_checksum(data[start : end - CHECKSUM_BYTES]) != data[end - CHECKSUM_BYTES : end])
+        start = end
+    return torch.tensor(found, dtype=torch.bool).view(rows.shape[0], -1)
+
+
+def _find_damaged_at_once(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return what `find_damaged` does, by operations on tensors alone, so that no device is waited for."""
     parts = torch.split(rows, list(sizes), dim=1)
     return torch.stack(
         [(checksums(part[:, :-CHECKSUM_BYTES]) != part[:, -CHECKSUM_BYTES:]).any(1) for part in parts], dim=1

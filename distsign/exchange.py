@@ -271,31 +271,37 @@ class VoteExchange:
         return poisoned | bad
 
     def _check(self, form: Form, rows: Tensor, owners: Sequence[int], column: int) -> Tensor:
-        """Hold each payload against what is expected; return which carry poison or came damaged.
+        """Hold each header and checksum against what is expected; return which payloads carry poison or came damaged.
 
         Args:
             form: of the payloads.
             rows: uint8 `[num_rows, any]`, in each the payloads on the pieces of these owners: a row for the ballots of
-                each voter, or a single one for the verdicts of the owners themselves.
+                each voter, or a single one for the verdicts of all owners themselves, in order.
             owners: see above.
             column: number in its node of the ranks that wrote them.
 
         Returns:
             bool `[num_rows, num_owners]`.
+
+        Raises:
+            PayloadError: on the CPU, if a header is another than expected. On CUDA, where this would wait, all payloads
+                are flagged then, and `raise_if_mismatched` says so later.
         """
         on_cpu = rows.device.type == "cpu"
-        damaged = rows.new_zeros(rows.shape[0], len(owners), dtype=torch.bool)
+        self._damage = self._damage.to(rows.device)
         if self._checksum:
             damaged = find_damaged(rows, [form.sizes[owner] for owner in owners])
             if not on_cpu or damaged.any():
                 self._note_damage(form, damaged, column)
+        else:
+            damaged = rows.new_zeros(rows.shape[0], len(owners), dtype=torch.bool)
         if on_cpu and form.has_usual_headers(rows, owners):
             return damaged
         headers, poisoned, foreign = form.read_headers(rows, owners)
         foreign = foreign & ~damaged  # a damaged header is not to be believed
         if on_cpu:
             if foreign.any():
-                row, k = foreign.nonzero()[0].tolist()
+                k, row = foreign.t().nonzero()[0].tolist()
                 sender = owners[k] if form.verdict else row
                 data = bytes(headers[row, k].tolist())
                 Header.expect(data, form.headers[owners[k]], sender=sender, receiver=self.rank)
@@ -307,12 +313,12 @@ class VoteExchange:
     def _note_damage(self, form: Form, damaged: Tensor, column: int) -> None:
         """Remember for `tell` a rank whose payload came damaged, bool `[num_rows, num_owners]` as of `_check`."""
         writers = form.layout.table(
-            ("writers", form.verdict, column),
+            ("writers", column),
             lambda: [1 + k * self._ranks_per_node + column for k in range(self.num_voters)],
             damaged.device,
         )
         of_each = damaged * (writers if form.verdict else writers.unsqueeze(1))
-        self._damage = torch.maximum(self._damage.to(damaged.device), of_each.max())
+        self._damage = torch.maximum(self._damage, of_each.max())
 
     def tell(self) -> None:
         """Send word to all ranks of what this one has seen in the step, whose last payloads it has just read.

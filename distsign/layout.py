@@ -1,4 +1,4 @@
-"""Who counts what, and where it lies in a payload: from the shapes alone, so that all ranks and the simulator agree.
+"""Who counts what and how much, and where it lies in a payload: from shapes, so that ranks and the simulator agree.
 
 Each parameter is cut into `world_size` fixed shards, one an owner; a small parameter is owned whole. Owner and place in
 the parameter do not depend on the bucket, because DDP rebuilds its buckets after the first step, and an owner's memory
@@ -142,7 +142,7 @@ class Layout:
         return Spans(*(np.concatenate([getattr(p, field.name) for p in self.pieces]) for field in fields(Spans)))
 
     def most_votes(self, density: float) -> IntArray:
-        """Return `caps_at` one density of all pieces, made at the first call; int64 `[num_pieces]`."""
+        """Return `caps_at` one density, int64 `[num_pieces]`: made at the first call, and not to be changed."""
         if density not in self._most_votes:
             self._most_votes[density] = caps_at(density, self.all_pieces.length)
         return self._most_votes[density]
@@ -198,8 +198,11 @@ class Layout:
             self.tables[key] = torch.as_tensor(np.asarray(make(), dtype=np.int64)).to(device)
         return self.tables[key]
 
-    def header_places(self) -> IntArray:
-        """Return the places in the buffer of all bytes of all headers, int64 `[num_owners * HEADER_BYTES]`."""
+    def header_places(self, device: torch.device) -> Tensor:
+        """Return where in the buffer the bytes of all headers lie, int64 `[num_owners * HEADER_BYTES]`."""
+        return self.table(("headers",), self._header_places, device)
+
+    def _header_places(self) -> IntArray:
         return np.add.outer(np.asarray(self.offsets, dtype=np.int64), np.arange(HEADER_BYTES)).ravel()
 
     def census_places(self, device: torch.device) -> Tensor:

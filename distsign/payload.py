@@ -172,7 +172,7 @@ class Form:
         clean, poison = self._headers(planes.device)
         headers = torch.where(poisoned, poison, clean)
         if self._is_layout:
-            planes[self.layout.table(("header places",), self.layout.header_places, planes.device)] = headers.flatten()
+            planes[self.layout.header_places(planes.device)] = headers.flatten()
             if self.layout.checksum:
                 for payload in torch.split(planes, list(self.sizes)):
                     write_checksum(payload)
@@ -255,11 +255,12 @@ class Form:
             rows: see `read_headers`.
             owners: see `read_headers`.
         """
-        data, at, found = rows.numpy().reshape(-1).data, 0, []
-        for size in [self.sizes[owner] for owner in owners] * rows.shape[0]:
-            found.append(data[at : at + HEADER_BYTES])
-            at += size
-        return b"".join(found) == b"".join([self._usual_headers[owner] for owner in owners]) * rows.shape[0]
+        data, at = rows.numpy(), 0
+        for owner in owners:
+            if data[:, at : at + HEADER_BYTES].tobytes() != self._usual_headers[owner] * rows.shape[0]:
+                return False
+            at += self.sizes[owner]
+        return True
 
     @cached_property
     def _usual_headers(self) -> tuple[bytes, ...]:

@@ -239,7 +239,7 @@ class Voter:
         limits = upload(limits, wanted.device)
         crowded = wanted > limits
         if crowded.device.type == "cpu" and not crowded.any():
-            return counts, crowded
+            return counts, crowded  # what packing has counted is what is there
         row = layout.table(("rows",), lambda: pieces.row, wanted.device)
         kept = torch.zeros_like(counts).index_add_(0, row, torch.minimum(wanted, limits))
         return kept, crowded

@@ -93,8 +93,10 @@ def test_payloads_of_several_sizes_in_a_row() -> None:
         for payload in torch.split(row, sizes):
             write_checksum(payload)
     assert not find_damaged(rows, sizes).any()
+    assert not module._find_damaged_at_once(rows, sizes).any()
     rows[0, 3] ^= 1  # of the first payload
     rows[2, 75] ^= 128  # the checksum of the third, which has nothing else
     expected = torch.zeros(3, 4, dtype=torch.bool)
     expected[0, 0] = expected[2, 2] = True
     assert torch.equal(find_damaged(rows, sizes), expected)
+    assert torch.equal(module._find_damaged_at_once(rows, sizes), expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -80,3 +82,31 @@ def test_what_does_not_fit_is_poison_and_zeros(checksum: bool) -> None:
         assert code is not None
         assert payload[POISON_BYTE] & POISON_FLAG
         assert not payload[start : start + code.num_bytes].any()
+
+
+@pytest.mark.parametrize("owners", [(0,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_usual_headers_are_those_that_nothing_is_wrong_with(owners: tuple[int, ...], checksum: bool) -> None:
+    """Every bit of every header, in each of two rows: the quick look and the careful one say the same."""
+    layout = Layout.build([[Shape(0, 5000), Shape(1, 7)]], 3, checksum=checksum)
+    form = forms(layout, 0.02, "sparse", owner_carry=True)[0]
+    planes, clean = torch.zeros(layout.buffer_bytes, dtype=torch.uint8), torch.tensor(False)
+    crowded, nothing = torch.zeros(layout.all_pieces.length.size, dtype=torch.bool), torch.zeros(0)
+    sealed = torch.split(form.seal(planes, crowded, nothing, clean, reference), list(form.sizes))
+    rows = torch.cat([sealed[owner] for owner in owners]).repeat(2, 1)
+    assert form.has_usual_headers(rows, owners)
+    _, poisoned, foreign = form.read_headers(rows, owners)
+    assert not (poisoned | foreign).any()
+    starts = np.cumsum([0, *(form.sizes[owner] for owner in owners)])[:-1]
+    bits = itertools.product(range(HEADER_BYTES), range(8))
+    for row, (number, start), (place, bit) in itertools.product(range(2), enumerate(starts), bits):
+        rows[row, start + place] ^= 1 << bit
+        assert not form.has_usual_headers(rows, owners)
+        headers, poisoned, foreign = form.read_headers(rows, owners)
+        expected = torch.zeros(2, len(owners), dtype=torch.bool)
+        expected[row, number] = True
+        is_poison = place == POISON_BYTE and 1 << bit == POISON_FLAG
+        assert torch.equal(poisoned, expected & is_poison)
+        assert torch.equal(foreign, expected & (not is_poison))
+        assert torch.equal(headers[row, number], rows[row, start : start + HEADER_BYTES])
+        rows[row, start + place] ^= 1 << bit

@@ -15,6 +15,7 @@ from distsign.ballots import cast_ballots
 from distsign.kernels import Kernels, cpu, reference
 from distsign.layout import Layout, Shape, caps_at
 from distsign.voter import Voter, rotating_starts
+from distsign.wire.header import HEADER_BYTES
 
 EVERY = [FixedConfidence(0.3), AdaptiveConfidence(), TargetDensity(0.1)]
 every_function = pytest.mark.parametrize("confidence", EVERY, ids=lambda c: type(c).__name__)
@@ -368,6 +369,9 @@ def test_wide_caps_leave_what_settling_vote_by_vote_leaves(
             )
             worker.voter.commit(CLEAN)
             assert cast.crowded is not None
+            parts = enumerate(torch.split(out, list(worker.layout.sizes)))
+            masks = [cpu.count_votes(part[None], HEADER_BYTES, worker.layout.plane_bytes(k)) for k, part in parts]
+            assert cast.num_ballots == sum(masks)
             kept = [each for row in range(NUM_PARAMS) for each in worker.voter.kept(row).values()]
             trace.append([out, cast.num_ballots, cast.finite, cast.crowded, *kept])
         found.append(trace)

@@ -144,6 +144,7 @@ def _places(payloads: Tensor) -> int:
 
 
 def count_votes(payloads: Tensor, body_at: int, num_bytes: int) -> Tensor:  # noqa: D103
+    assert payloads.shape[1] >= body_at + num_bytes
     counts = torch.empty(payloads.shape[0], dtype=torch.int64)
     jit_owner.count_votes(payloads.numpy(), body_at, num_bytes, counts.numpy())
     return counts

@@ -86,7 +86,8 @@ def _settle_range(mask, sign, first, last, num_blocked, left, carry, home, words
 @_jit
 def _count(plane, words):
     whole = plane.size // _LINE * _LINE
-    lines = plane[:whole].view(np.uint64)  # not line by line: so it is vectors' work
+    # Not line by line: so it is vectors' work. x86 and ARM read words wherever they lie.
+    lines = plane[:whole].view(np.uint64)
     count = np.int64(0)
     for i in range(lines.size):
         count += np.int64(count_ones(lines[i]))

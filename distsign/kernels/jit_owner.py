@@ -78,7 +78,7 @@ def count_votes(payloads, body_at, num_bytes, counts):
     whole = num_bytes // 8 * 8
     last = np.zeros(1, np.uint64)
     for w in range(payloads.shape[0]):
-        words = payloads[w, body_at : body_at + whole].view(np.uint64)
+        words = payloads[w, body_at : body_at + whole].view(np.uint64)  # x86 and ARM read words wherever they lie
         count = np.int64(0)
         for i in range(words.size):
             count += np.int64(count_ones(words[i]))
