@@ -7,10 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from distsign import plan
 from distsign.ladder import DensityLadder
 from distsign.layout import Shape
 from distsign.options import VoteOptions
-from distsign.plan import COALESCE_BYTES, Part, Plan, part_of
+from distsign.plan import Part, Plan, part_of
 from distsign.registry import ParameterRegistry
 from distsign.sizes import Density, density_for
 
@@ -47,7 +48,9 @@ class GroupPlanner:
         # The first column's share stands for all: they differ by a few components.
         parts = [part for part in self._parts(column=0) if part.voted]
         shapes = [Shape(part.row, part.length) for part in parts]
-        density = density_for(options.bits_per_param, shapes, num_voters, COALESCE_BYTES, checksum=options.checksum)
+        density = density_for(
+            options.bits_per_param, shapes, num_voters, plan.COALESCE_BYTES, checksum=options.checksum
+        )
         self._budgeted = min(density, options.max_density or 1.0)
 
     def density(self, ladder: DensityLadder | None) -> Density:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests import GROUP_BYTES
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
@@ -11,6 +13,14 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     if session.config.option.collectonly or session.testsfailed:
         return
     import distsign.kernels.cpu  # noqa: F401 - compiles, once a machine
+
+
+@pytest.fixture(autouse=True, scope="session")
+def small_groups() -> None:
+    """Let the steps of small models have several exchange groups."""
+    from distsign import plan
+
+    plan.COALESCE_BYTES = GROUP_BYTES
 
 
 @pytest.fixture(params=["host", "device"])

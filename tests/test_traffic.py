@@ -27,6 +27,7 @@ from distsign.traffic import (
     step_bytes,
     top_k_slots,
 )
+from tests import GROUP_BYTES
 
 EXCHANGES = ("two_phase", "all_gather")
 
@@ -192,7 +193,7 @@ def test_groups_are_full_but_for_the_last(elements: list[int], bits: float | Non
     assert [k for group in groups for k in group] == list(range(len(elements)))
     for group in groups[:-1]:
         sizes = [elements[k] * (bits or 2.0) / 8 for k in group]
-        assert sum(sizes) >= 65536 > sum(sizes[:-1])
+        assert sum(sizes) >= GROUP_BYTES > sum(sizes[:-1])
 
 
 def test_exchange_bytes_add_up() -> None:

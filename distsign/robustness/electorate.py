@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distsign import plan
 from distsign.admission import Admission
 from distsign.collectives import Link
 from distsign.confidence import Confidence
@@ -18,7 +19,7 @@ from distsign.layout import IntArray, Shape
 from distsign.options import VoteOptions
 from distsign.owner import make_owner
 from distsign.payload import Form
-from distsign.plan import COALESCE_BYTES, Column, Part, Plan
+from distsign.plan import Column, Part, Plan
 from distsign.robustness.attacks import Attack, View
 from distsign.sizes import density_for
 from distsign.steering import Steering
@@ -126,7 +127,7 @@ class Electorate:
         options, density = self.options, None
         if options.bits_per_param is not None:
             shapes = [Shape(row, n) for row, n in enumerate(num_elements)]
-            density = density_for(options.bits_per_param, shapes, self.num_workers, COALESCE_BYTES)
+            density = density_for(options.bits_per_param, shapes, self.num_workers, plan.COALESCE_BYTES)
             density = min(density, options.max_density or 1.0)
         return Plan.build(
             [[Part(row, n, voted=True) for row, n in enumerate(num_elements)]],

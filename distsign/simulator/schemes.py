@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from distsign import plan
 from distsign.layout import Shape
-from distsign.plan import COALESCE_BYTES, Part, exchange_groups, part_of
+from distsign.plan import Part, exchange_groups, part_of
 from distsign.simulator.cluster import Cluster
 from distsign.simulator.models import Bucket, Model
 from distsign.simulator.plans import (
@@ -202,7 +203,7 @@ def _plan_vote(scheme: Scheme, model: Model, buckets: list[Bucket], cluster: Clu
     if bits is not None:
         # As the pipeline has it: the first column's share stands for all.
         parts = [part_of(Part(s.index, s.num_elements, voted=True), 0, per_node) for s in model.shapes]
-        density = density_for(bits, [Shape(p.row, p.length) for p in parts], num_voters, COALESCE_BYTES)
+        density = density_for(bits, [Shape(p.row, p.length) for p in parts], num_voters, plan.COALESCE_BYTES)
     coded = "planes" if density is None else "sparse"
     jobs, messages = [], []
     for group in exchange_groups([bucket.num_elements for bucket in buckets], bits):

@@ -18,6 +18,7 @@ from distsign import AdaptiveConfidence, Confidence, FixedConfidence, SignAdamPP
 from distsign.layout import Shape
 from distsign.traffic import step_bytes
 from distsign.vote import majority_vote
+from tests import GROUP_BYTES
 
 from .oracle import Case, Net, Oracle, batch, build, digest
 
@@ -93,7 +94,7 @@ def count_traffic(rank: int, world_size: int, exchange: str, checksum: bool = Fa
     def recording_hook(vote_state: SignVoteState, bucket: dist.GradBucket) -> Any:
         if bucket.index() == 0:
             groups[:] = [[]]
-        elif sum(s.num_elements for s in groups[-1]) // 4 >= 64 * 1024:
+        elif sum(s.num_elements for s in groups[-1]) // 4 >= GROUP_BYTES:
             groups.append([])
         groups[-1].extend(Shape(order[id(p)], p.numel()) for p in bucket.parameters())
         return sign_vote_hook(vote_state, bucket)

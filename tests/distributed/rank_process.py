@@ -95,7 +95,11 @@ def _rank_main(rank: int, world_size: int, fds: tuple[int, int, int]) -> None:
 
     import torch
 
+    from distsign import plan
+    from tests import GROUP_BYTES
+
     torch.set_num_threads(1)
+    plan.COALESCE_BYTES = GROUP_BYTES
     gc.freeze()  # so that the collection after each job looks at the job's objects only
     pipe = Connection(pipe_fd)
     environment = dict(os.environ)
