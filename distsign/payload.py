@@ -256,15 +256,11 @@ class Form:
             owners: see `read_headers`.
         """
         data, at = rows.numpy(), 0
-        for owner in owners:
-            if data[:, at : at + HEADER_BYTES].tobytes() != self._usual_headers[owner] * rows.shape[0]:
+        for owner, word in zip(owners, self._usual_words(owners, rows.device).numpy(), strict=True):
+            if data[:, at : at + HEADER_BYTES].tobytes() != word.tobytes() * rows.shape[0]:
                 return False
             at += self.sizes[owner]
         return True
-
-    @cached_property
-    def _usual_headers(self) -> tuple[bytes, ...]:
-        return tuple(header.encode() for header in self.headers)
 
     def read_headers(self, rows: Tensor, owners: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Hold the headers of payloads against the expected ones.
@@ -277,15 +273,12 @@ class Form:
             `(headers, poisoned, foreign)`: uint8 `[num_rows, num_owners, HEADER_BYTES]`, and of each whether it says
             poison, and whether it is another than it must be, poison aside; bool `[num_rows, num_owners]`.
         """
-        tables, key = self.layout.tables, ("expected", self._kind, *owners, rows.device)
-        if key not in tables:
-            tables[key] = self._headers(rows.device)[0, list(owners)].view(torch.int64).squeeze(1)
         starts = accumulate((self.sizes[owner] for owner in owners[:-1]), initial=0)
         # A header is one word: so it takes a few operations to look at all bytes of all of them.
         headers = torch.cat([rows[:, start : start + HEADER_BYTES] for start in starts], dim=1)
         words = headers.view(torch.int64)
-        poisoned = (words & _POISON) != 0
-        return headers.view(*words.shape, HEADER_BYTES), poisoned, ((words ^ tables[key]) & ~_POISON) != 0
+        poisoned, usual = (words & _POISON) != 0, self._usual_words(owners, rows.device)
+        return headers.view(*words.shape, HEADER_BYTES), poisoned, ((words ^ usual) & ~_POISON) != 0
 
     def open(self, owner: int, payloads: Tensor) -> Opened:
         """Take apart one owner's payloads from several senders; nothing is checked yet.
@@ -355,6 +348,13 @@ class Form:
     def _kind(self) -> tuple[object, ...]:
         """What headers depend on, besides the layout."""
         return self.verdict, tuple(code is None for code in self.codes)
+
+    def _usual_words(self, owners: Sequence[int], device: torch.device) -> Tensor:
+        """Return the headers, without poison, of payloads on these owners' pieces as words, int64 `[num_owners]`."""
+        tables, key = self.layout.tables, ("expected", self._kind, *owners, device)
+        if key not in tables:
+            tables[key] = self._headers(device)[0, list(owners)].view(torch.int64).squeeze(1)
+        return tables[key]
 
     def _headers(self, device: torch.device) -> Tensor:
         """Return each owner's header without and with poison, uint8 `[2, num_owners, HEADER_BYTES]`."""

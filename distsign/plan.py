@@ -26,9 +26,7 @@ COALESCE_BYTES = 512 * 1024
 """Buckets with less to send travel together.
 
 A group costs each rank some milliseconds of a processor, however small it is; 512 KiB take 4 ms each way at 1 Gbit/s.
-There, 12.6 M parameters on 4 ranks that share 2 cores took 307 ms a step with two planes in twelve groups, 272 in six,
-255 in three and 240 in one, but at 100 Mbit/s 702 in twelve, 685 in three and 780 in one; with 0.1 bit 187 ms in three
-groups and 174 in one.
+Larger ones are quicker still on quick links, and overlap less on slow ones (measured: benchmarks/report-2026-11-30.md).
 """
 
 
@@ -46,7 +44,7 @@ def exchange_groups(bucket_elements: Sequence[int], bits_per_param: float | None
     """Return which of a step's buckets travel together, as their numbers.
 
     Example:
-        >>> exchange_groups([100_000, 200_000, 300_000, 10], bits_per_param=None)
+        >>> exchange_groups([800_000, 1_600_000, 2_400_000, 10], bits_per_param=None)
         [[0, 1], [2], [3]]
     """
     groups: list[list[int]] = [[]]

@@ -15,12 +15,12 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     import distsign.kernels.cpu  # noqa: F401 - compiles, once a machine
 
 
-@pytest.fixture(autouse=True, scope="session")
-def small_groups() -> None:
-    """Let the steps of small models have several exchange groups."""
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the steps of small models have several exchange groups; doctests see what users do."""
     from distsign import plan
 
-    plan.COALESCE_BYTES = GROUP_BYTES
+    monkeypatch.setattr(plan, "COALESCE_BYTES", GROUP_BYTES)
 
 
 @pytest.fixture(params=["host", "device"])
