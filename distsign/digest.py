@@ -67,20 +67,25 @@ def write_checksum(payload: Tensor) -> None:
         payload[-CHECKSUM_BYTES:] = checksums(payload[None, :-CHECKSUM_BYTES])[0]
 
 
-def find_damaged(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+def find_damaged(rows: Tensor, sizes: Sequence[int], own: range = range(0)) -> Tensor:
     """Return which payloads are not as `write_checksum` left them, bool `[num_rows, len(sizes)]`.
 
     Args:
         rows: uint8 `[num_rows, sum(sizes)]`, contiguous: in each, payloads of these sizes one after the other.
         sizes: bytes of each payload of a row.
+        own: numbers of those that never left this rank, row by row; they are taken to be undamaged.
     """
     if rows.device.type != "cpu":
-        return _find_damaged_at_once(rows, sizes)
+        damaged = _find_damaged_at_once(rows, sizes)
+        damaged.view(-1)[own.start : own.stop] = False
+        return damaged
     assert rows.shape[1] == sum(sizes)
     data, found, start = rows.numpy().reshape(-1).data, [], 0
-    for size in [*sizes] * rows.shape[0]:
+    for number, size in enumerate([*sizes] * rows.shape[0]):
         end = start + size
-        found.append(_checksum(data[start : end - CHECKSUM_BYTES]) != data[end - CHECKSUM_BYTES : end])
+        found.append(
+            number not in own and _checksum(data[start : end - CHECKSUM_BYTES]) != data[end - CHECKSUM_BYTES : end]
+        )
         start = end
     return torch.tensor(found, dtype=torch.bool).view(rows.shape[0], -1)
 

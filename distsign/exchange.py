@@ -194,7 +194,8 @@ class VoteExchange:
         own = ballots.sizes[self.rank]
         found = self._voters.all_to_all(buffer, list(ballots.sizes), [own] * self.num_voters, "ballots to their owners")
         received = found.view(self.num_voters, own)
-        poisoned = self.admission.poison(self._check(ballots, received, [self.rank], self.local_rank).squeeze(1))
+        mine = range(self.rank, self.rank + 1)
+        poisoned = self.admission.poison(self._check(ballots, received, mine, self.local_rank, mine).squeeze(1))
         payload = self._count(ballots, verdicts, self.rank, received, poisoned, owner, starts, kernels)
         return self._voters.share(payload, verdicts.sizes, "verdicts to all ranks")
 
@@ -204,7 +205,11 @@ class VoteExchange:
         Raises:
             PayloadError: if a payload is not what this rank expects.
         """
-        poisoned = self._check(verdicts, payloads.unsqueeze(0), range(len(verdicts.sizes)), column).any()
+        owners = range(len(verdicts.sizes))
+        own = range(0)
+        if column == self.local_rank:
+            own = owners if self.kind == "all_gather" else owners[self.rank :][:1]
+        poisoned = self._check(verdicts, payloads.unsqueeze(0), owners, column, own).any()
         planes, crowded, mean, ok = verdicts.open_all(payloads, kernels)
         return Verdicts(planes, crowded, mean, self._require(ok, poisoned, "verdicts"))
 
@@ -213,7 +218,8 @@ class VoteExchange:
     ) -> Tensor:
         received = self._voters.all_gather(buffer, "ballots to all ranks")
         parts = [part.contiguous() for part in torch.split(received, list(ballots.sizes), dim=1)]
-        poisoned = self.admission.poison(self._check(ballots, received, range(len(parts)), self.local_rank).any(1))
+        own = range(self.rank * len(parts), (self.rank + 1) * len(parts))
+        poisoned = self.admission.poison(self._check(ballots, received, range(len(parts)), self.local_rank, own).any(1))
         payloads = []
         for k, mine in enumerate(parts):
             payloads.append(self._count(ballots, verdicts, k, mine, poisoned, owner, starts, kernels))
@@ -270,7 +276,7 @@ class VoteExchange:
         self._mismatch = bad if self._mismatch is None else self._mismatch | bad
         return poisoned | bad
 
-    def _check(self, form: Form, rows: Tensor, owners: Sequence[int], column: int) -> Tensor:
+    def _check(self, form: Form, rows: Tensor, owners: Sequence[int], column: int, own: range) -> Tensor:
         """Hold each header and checksum against what is expected; return which payloads carry poison or came damaged.
 
         Args:
@@ -279,6 +285,7 @@ class VoteExchange:
                 each voter, or a single one for the verdicts of all owners themselves, in order.
             owners: see above.
             column: number in its node of the ranks that wrote them.
+            own: numbers of the payloads that this rank wrote itself, row by row.
 
         Returns:
             bool `[num_rows, num_owners]`.
@@ -290,7 +297,7 @@ class VoteExchange:
         on_cpu = rows.device.type == "cpu"
         self._damage = self._damage.to(rows.device)
         if self._checksum:
-            damaged = find_damaged(rows, [form.sizes[owner] for owner in owners])
+            damaged = find_damaged(rows, [form.sizes[owner] for owner in owners], own)
             if not on_cpu or damaged.any():
                 self._note_damage(form, damaged, column)
         else:

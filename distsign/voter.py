@@ -235,6 +235,9 @@ class Voter:
         limits = torch.from_numpy(caps)
         pieces = layout.all_pieces
         memory = None if forget else self.memory  # where the carry forgets, packing has cleared it
+        if memory is None and out.device.type == "cpu" and (counts.numpy()[pieces.row] <= caps).all():
+            # A parameter's ballots are no more than any piece of it may have: spares counting those of pieces.
+            return counts, counts.new_zeros(caps.size, dtype=torch.bool)
         wanted = kernels.settle_carry(out, pieces, limits, torch.from_numpy(starts), memory)
         limits = upload(limits, wanted.device)
         crowded = wanted > limits

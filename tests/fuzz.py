@@ -15,7 +15,9 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,23 +75,25 @@ class Votes:
         self.others = [rows[0][0] for rows in self.valid.values()]
         self.step = 0
 
-    def rows(self, form: Form, owner: int, number: int, share: float) -> tuple[Bytes, list[Read], list[str]]:
+    def rows(self, form: Form, owner: int, writers: Sequence[int], share: float) -> tuple[Bytes, list[Read], list[str]]:
         """Return payloads of several senders, what each is, and how it was changed, "" if it was not.
 
         Args:
             form: of the payloads.
             owner: whose pieces they speak of.
-            number: of senders.
+            writers: voters that wrote them; what this rank wrote itself is never held against its checksum.
             share: of the payloads to change; 0 changes all, in ways that leave payloads.
         """
         rows, reads, ways = [], [], []
         allowed = CHANGES if share else HARMLESS if form.codes[owner] else HARMLESS_PLANES
-        for _ in range(number):
+        for writer in writers:
             row, found = self.valid[form.verdict, owner][self.rng.integers(NUM_VALID)]
             how = ""
             if not share or self.rng.random() < share:
                 row, how = changed(row, form, owner, self.others, self.rng, allowed)
                 found = read(form, owner, row)
+            if writer == self.setting.rank or (form.verdict and self.setting.kind == "all_gather"):
+                found = replace(found, damaged=False)
             rows.append(row)
             reads.append(found)
             ways.append(how)
@@ -108,7 +112,7 @@ class Votes:
         setting, form = self.setting, self.setting.ballots
         shards = [setting.rank] if setting.kind == "two_phase" else list(range(setting.num_voters))
         share = self.share_of(len(shards) * setting.num_voters)
-        drawn = [self.rows(form, shard, setting.num_voters, share) for shard in shards]
+        drawn = [self.rows(form, shard, range(setting.num_voters), share) for shard in shards]
         starts = rotating_starts(setting.layout, self.step)
         arrived = torch.from_numpy(np.concatenate([rows for rows, _, _ in drawn], axis=1))
         self.link.arriving = [arrived.reshape(-1) if setting.kind == "two_phase" else arrived]
@@ -176,7 +180,7 @@ class Votes:
     def read(self) -> int:
         setting, form = self.setting, self.setting.verdicts
         share = self.share_of(setting.num_voters)
-        drawn = [self.rows(form, owner, 1, share) for owner in range(setting.num_voters)]
+        drawn = [self.rows(form, owner, [owner], share) for owner in range(setting.num_voters)]
         payloads = torch.from_numpy(np.concatenate([rows[0] for rows, _, _ in drawn]))
         try:
             found = self.exchange.read(form, payloads, cpu)

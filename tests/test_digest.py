@@ -100,3 +100,5 @@ def test_payloads_of_several_sizes_in_a_row() -> None:
     expected[0, 0] = expected[2, 2] = True
     assert torch.equal(find_damaged(rows, sizes), expected)
     assert torch.equal(module._find_damaged_at_once(rows, sizes), expected)
+    expected[0, 0] = False
+    assert torch.equal(find_damaged(rows, sizes, range(2)), expected)  # what never left this rank
