@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distsign.wire.header import CHECKSUM_BYTES
 
-__all__ = ["checksums", "digest", "find_damaged", "write_checksum"]
+__all__ = ["checksums", "digest", "find_damaged", "write_checksums"]
 
 _COLUMNS, _ROWS = 4096, 256  # words of a row, rows of a block: on the device 8 MB of products at a time
 
@@ -58,17 +58,25 @@ def checksums(rows: Tensor) -> Tensor:
     return found.unsqueeze(1).view(torch.uint8)[:, -CHECKSUM_BYTES:]
 
 
-def write_checksum(payload: Tensor) -> None:
-    """Write the checksum of all bytes before it into the last `CHECKSUM_BYTES` of a payload, uint8 `[n]`, in place."""
-    if payload.device.type == "cpu":
-        data = payload.numpy()
-        data[-CHECKSUM_BYTES:] = np.frombuffer(_checksum(data[:-CHECKSUM_BYTES].data), np.uint8)
-    else:
-        payload[-CHECKSUM_BYTES:] = checksums(payload[None, :-CHECKSUM_BYTES])[0]
+def write_checksums(payloads: Tensor, sizes: Sequence[int]) -> None:
+    """Write the checksum of all bytes before it into the last `CHECKSUM_BYTES` of each payload, in place.
+
+    Args:
+        payloads: uint8 `[sum(sizes)]`, contiguous: payloads one after the other.
+        sizes: bytes of each.
+    """
+    if payloads.device.type != "cpu":
+        for payload in torch.split(payloads, list(sizes)):
+            payload[-CHECKSUM_BYTES:] = checksums(payload[None, :-CHECKSUM_BYTES])[0]
+        return
+    data, end = payloads.numpy().data, 0
+    for size in sizes:
+        start, end = end, end + size
+        data[end - CHECKSUM_BYTES : end] = _checksum(data[start : end - CHECKSUM_BYTES])
 
 
 def find_damaged(rows: Tensor, sizes: Sequence[int], own: range = range(0)) -> Tensor:
-    """Return which payloads are not as `write_checksum` left them, bool `[num_rows, len(sizes)]`.
+    """Return which payloads are not as `write_checksums` left them, bool `[num_rows, len(sizes)]`.
 
     Args:
         rows: uint8 `[num_rows, sum(sizes)]`, contiguous: in each, payloads of these sizes one after the other.

@@ -361,22 +361,37 @@ class VoteExchange:
         seen, damage = self.admission.seen, torch.zeros_like(self._damage)
         word, self._word = self._word, None
         assert (word is None) == (not self._checksum and not self._tells_poison), "agree comes after tell"
-        if word is not None:
-            of_voters = word().view(self.num_voters, -1)
-            split = damage.itemsize * self._checksum
-            told = of_voters[:, split:].amax(0) if self._tells_poison else of_voters[0, :0]
-            in_node = torch.cat([of_voters[:, :split].flatten(), told])
-            of_node = self._node.share(in_node, [in_node.numel()] * self._node.world_size, "word of damage and poison")
-            of_node = of_node.view(self._node.world_size, -1)
-            split *= self.num_voters
-            if self._checksum:  # in order of rank
-                damage = of_node[:, :split].flatten().view(torch.int64).view(of_node.shape[0], -1).t().flatten()
-            if self._tells_poison:
-                seen = of_node[:, split:].amax(0) != 0
-        if self._checksum:
-            self._require_undamaged(damage)
+        of_voters = None if word is None else word()
+        if of_voters is not None and not self._says_nothing(of_voters):
+            seen, damage = self._agreed(of_voters.view(self.num_voters, -1), seen, damage)
+            if self._checksum:
+                self._require_undamaged(damage)
         self.admission.commit(seen)
         return (damage != 0).any()
+
+    def _says_nothing(self, word: Tensor) -> bool:
+        """Return whether nobody has seen anything, as nearly always; False where looking would wait for a device."""
+        return word.device.type == "cpu" and self._node.world_size == 1 and not word.numpy().any()
+
+    def _agreed(self, of_voters: Tensor, seen: Tensor, damage: Tensor) -> tuple[Tensor, Tensor]:
+        """Return who was seen to send poison, and each rank's damage in order of rank; or as given, if not told of it.
+
+        Args:
+            of_voters: uint8 `[num_voters, any]`, the word of each.
+            seen: bool `[num_voters]`.
+            damage: int64.
+        """
+        split = damage.itemsize * self._checksum
+        told = of_voters[:, split:].amax(0) if self._tells_poison else of_voters[0, :0]
+        in_node = torch.cat([of_voters[:, :split].flatten(), told])
+        of_node = self._node.share(in_node, [in_node.numel()] * self._node.world_size, "word of damage and poison")
+        of_node = of_node.view(self._node.world_size, -1)
+        split *= self.num_voters
+        if self._checksum:
+            damage = of_node[:, :split].flatten().view(torch.int64).view(of_node.shape[0], -1).t().flatten()
+        if self._tells_poison:
+            seen = of_node[:, split:].amax(0) != 0
+        return seen, damage
 
     def _require_undamaged(self, everyones: Tensor) -> None:
         bad = (everyones != 0).any()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distsign.digest import write_checksum
+from distsign.digest import write_checksums
 from distsign.kernels import Kernels, plane_bytes
 from distsign.layout import IntArray, Layout, caps_at
 from distsign.sizes import Density
@@ -70,9 +70,10 @@ class Opened:
 
     def num_votes(self, kernels: Kernels) -> Tensor:
         """Return how many votes each sender's body holds by its own bits, int64 `[num_senders]`; 0 if malformed."""
+        if self.code is None:
+            return kernels.count_votes(self.rows, self.at, self.num_bytes)
         rows, at, ok = self.planes(kernels)
-        counts = kernels.count_votes(rows, at, self.num_bytes)
-        return counts if self.code is None else torch.where(ok, counts, 0)
+        return torch.where(ok, kernels.count_votes(rows, at, self.num_bytes), 0)
 
     def without(self, senders: Tensor) -> Opened:
         """Return the same with abstentions in place of what some senders (bool `[num_senders]`) wrote."""
@@ -174,8 +175,7 @@ class Form:
         if self._is_layout:
             planes[self.layout.header_places(planes.device)] = headers.flatten()
             if self.layout.checksum:
-                for payload in torch.split(planes, list(self.sizes)):
-                    write_checksum(payload)
+                write_checksums(planes, self.sizes)
             return planes
         buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, device=planes.device)
         parts = torch.split(buffer, list(self.sizes))
@@ -240,7 +240,7 @@ class Form:
         if raw.numel():
             payload[end:last] = raw.view(torch.uint8)
         if self.layout.checksum:
-            write_checksum(payload)
+            write_checksums(payload, [payload.numel()])
         return fits
 
     def _cuts(self, owner: int) -> tuple[int, int, int]:

@@ -235,14 +235,16 @@ class Voter:
         limits = torch.from_numpy(caps)
         pieces = layout.all_pieces
         memory = None if forget else self.memory  # where the carry forgets, packing has cleared it
-        if memory is None and out.device.type == "cpu" and (counts.numpy()[pieces.row] <= caps).all():
-            # A parameter's ballots are no more than any piece of it may have: spares counting those of pieces.
+        on_cpu = out.device.type == "cpu"
+        # Where a parameter has no more ballots than any piece of it may have, those of pieces need not be counted; and
+        # where no piece has more than it may have, what packing has counted is what is there.
+        if on_cpu and memory is None and (counts.numpy()[pieces.row] <= caps).all():
             return counts, counts.new_zeros(caps.size, dtype=torch.bool)
         wanted = kernels.settle_carry(out, pieces, limits, torch.from_numpy(starts), memory)
+        if on_cpu and (wanted.numpy() <= caps).all():
+            return counts, counts.new_zeros(caps.size, dtype=torch.bool)
         limits = upload(limits, wanted.device)
         crowded = wanted > limits
-        if crowded.device.type == "cpu" and not crowded.any():
-            return counts, crowded  # what packing has counted is what is there
         row = layout.table(("rows",), lambda: pieces.row, wanted.device)
         kept = torch.zeros_like(counts).index_add_(0, row, torch.minimum(wanted, limits))
         return kept, crowded

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distsign import digest as module
-from distsign.digest import _multilinear, checksums, digest, find_damaged, write_checksum
+from distsign.digest import _multilinear, checksums, digest, find_damaged, write_checksums
 from distsign.wire.header import CHECKSUM_BYTES
 
 WAYS = {"xxh3": digest, "multilinear": lambda t: _multilinear(t.contiguous().reshape(-1).view(torch.uint8))}
@@ -78,8 +78,7 @@ def test_the_constants_are_splitmix64() -> None:
 def test_a_payload_and_its_checksum(num_bytes: int) -> None:
     draw = torch.Generator().manual_seed(num_bytes)
     payloads = torch.randint(0, 256, (3, num_bytes + CHECKSUM_BYTES), dtype=torch.uint8, generator=draw)
-    for payload in payloads:
-        write_checksum(payload)
+    write_checksums(payloads.view(-1), [num_bytes + CHECKSUM_BYTES] * 3)
     assert torch.equal(payloads[:, num_bytes:], checksums(payloads[:, :num_bytes]))
     assert not find_damaged(payloads, [num_bytes + CHECKSUM_BYTES]).any()
     payloads[1, num_bytes // 2] ^= 4
@@ -90,8 +89,7 @@ def test_payloads_of_several_sizes_in_a_row() -> None:
     sizes = [5, 70, 4, 33]
     rows = torch.randint(0, 256, (3, sum(sizes)), dtype=torch.uint8)
     for row in rows:
-        for payload in torch.split(row, sizes):
-            write_checksum(payload)
+        write_checksums(row, sizes)
     assert not find_damaged(rows, sizes).any()
     assert not module._find_damaged_at_once(rows, sizes).any()
     rows[0, 3] ^= 1  # of the first payload

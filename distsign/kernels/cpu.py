@@ -51,6 +51,8 @@ __all__ = [
     "unpack",
 ]
 
+_NO_CARRY = np.zeros(0, np.float32)
+
 
 def moments(grad: Tensor, spans: Spans) -> Tensor:  # noqa: D103
     out = torch.zeros(spans.num_rows, 2, dtype=torch.float64)
@@ -122,8 +124,10 @@ def settle_carry(  # noqa: D103
     planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, memory: Memory | None
 ) -> Tensor:
     counts = torch.zeros(spans.length.size, dtype=torch.int64)
-    wide, narrow = _by_type(torch.zeros(2, 0) if memory is None else memory.carry)
-    settle, carry = (jit_carry_settle.settle_narrow, narrow) if narrow.size else (jit_carry_settle.settle_wide, wide)
+    settle, carry = jit_carry_settle.settle_wide, _NO_CARRY
+    if memory is not None:
+        wide, narrow = (both[1 - int(memory.live)] for both in _by_type(memory.carry))
+        settle, carry = (jit_carry_settle.settle_narrow, narrow) if narrow.size else (settle, wide)
     settle(
         planes.numpy(),
         spans.length,
@@ -132,7 +136,7 @@ def settle_carry(  # noqa: D103
         spans.home,
         caps.numpy(),
         starts.numpy(),
-        carry[0 if memory is None else 1 - int(memory.live)],
+        carry,
         counts.numpy(),
     )
     return counts
