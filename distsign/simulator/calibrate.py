@@ -76,7 +76,7 @@ def calibrate(
         seconds: about how long collectives may take; kernels and whole steps come on top, a minute or two together on
             two cores that 2 or 4 ranks share. On slow links, large messages are left out, and large models where a step
             would take more than a twelfth of this time.
-        repeats: of each measurement, of which the median counts; fewer of what takes long.
+        repeats: of each collective and kernel, of which the median counts; fewer of what takes long.
 
     Returns:
         The profile on rank 0, None on the others.
@@ -116,7 +116,7 @@ def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, 
         # Times are those of all ranks together, and so alike on all: each makes the same profile.
         profile = _profile(ranks, calls, kernels, cores, nominal_bytes_per_s)
         if on_cpu:
-            profile = replace(profile, in_step=in_step_factors(ranks, profile, repeats, seconds / 12, advance))
+            profile = replace(profile, in_step=in_step_factors(ranks, profile, seconds / 12, advance))
     return profile if ranks.rank == 0 else None
 
 
