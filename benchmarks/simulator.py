@@ -9,7 +9,8 @@ the time of forward and backward without exchange, measured beside.
 `python -m benchmarks.simulator` (root, for the lab)
 
 Results are kept as they come in `OUT/simulator-measured.jsonl`; what is there is not measured again, so that a run may
-be broken off and gone on with. `--minutes` bounds a run, `--report` only reports.
+be broken off and gone on with. `--minutes` bounds a run, `--report` only reports; `--earlier FOLDER` says how far the
+same steps are from those of an earlier run: nearer than that no prediction can be.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from launch.metrics import read_lines
 CALIBRATED_RATES, CALIBRATED_RANKS = ("300mbit", "4gbit"), (2, 4, 8)
 """A profile is that of the user's links: what a byte costs the processor depends on how fast they come."""
 WARM_UP = 4
+MEASURED = "simulator-measured.jsonl"
 LARGEST_ERROR, NEAR_ENOUGH, CORES_MATTER = 0.20, 0.03, 0.05
 
 SIMULATED = {
@@ -179,7 +181,7 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self._path = folder, folder / "simulator-measured.jsonl"
+        self.folder, self._path = folder, folder / MEASURED
         self.measured: dict[str, dict[str, float]] = {line["key"]: line["ms"] for line in read_lines(self._path)}
 
     def add(self, key: str, ms: dict[str, float]) -> None:
@@ -239,9 +241,19 @@ def _measure_setting(setting: Setting, results: Results, options: argparse.Names
     results.add(setting.key, ms)
 
 
-def predict(setting: Setting, results: Results, name: str, compute_s: float, *, cores: float | None = None) -> float:
-    """Return the predicted milliseconds of a step."""
+def predict(
+    setting: Setting,
+    results: Results,
+    name: str,
+    compute_s: float,
+    *,
+    cores: float | None = None,
+    whole_steps: bool = True,
+) -> float:
+    """Return the predicted milliseconds of a step; on request as if no whole steps had been calibrated."""
     profile = Profile.load(results.profile_path(setting))
+    if not whole_steps:
+        profile = replace(profile, in_step={})
     if cores is not None:
         profile = replace(profile, cores=cores)
     link = Link(parse_bandwidth(setting.rate), profile.latency_s)
@@ -263,6 +275,8 @@ def rows_of(setting: Setting, results: Results) -> list[Row]:
         without = predict(setting, results, name, ms[NO_OP] / 1e3, cores=math.inf)
         row: Row = {"setting": setting.key, "name": name, "predicted_ms": predicted, "ms": ms[name]}
         row |= {"error": predicted / ms[name] - 1, "compute_ms": ms[NO_OP]}
+        quick_ms = predict(setting, results, name, ms[NO_OP] / 1e3, whole_steps=False)
+        row["quick_error"] = quick_ms / ms[name] - 1
         row["cores_matter"] = "yes" if predicted > (1 + CORES_MATTER) * without else "no"
         rows.append(row)
     return rows
@@ -276,9 +290,34 @@ def choice_of(rows: Sequence[Row]) -> Row:
     return {**names, "behind": chosen["ms"] / fastest["ms"] - 1}
 
 
-def mean_error(rows: Sequence[Row]) -> float:
+def mean_error(rows: Sequence[Row], of: str = "error") -> float:
     """Return the geometric mean of how far predictions are off, as a factor beyond 1, whichever way."""
-    return geometric_mean([max(1 + row["error"], 1 / (1 + row["error"])) for row in rows]) - 1
+    return geometric_mean([max(1 + row[of], 1 / (1 + row[of])) for row in rows]) - 1
+
+
+def differences(now: dict[str, dict[str, float]], then: dict[str, dict[str, float]]) -> tuple[int, float, float]:
+    """Return how many steps two runs share, and by how much their times differ; geometric means, as `mean_error`.
+
+    Args:
+        now: by setting and scheme, milliseconds of a step.
+        then: likewise, of the other run.
+
+    Returns:
+        `(count, difference, beside)`; `beside` is that of times divided by those of forward and backward in their run.
+    """
+    both = [
+        (name, now[key], then[key])
+        for key in now
+        if key in then
+        for name in now[key]
+        if name in then[key] and name != NO_OP
+    ]
+    plain = [a[name] / b[name] for name, a, b in both]
+    beside = [ratio * b[NO_OP] / a[NO_OP] for ratio, (_, a, b) in zip(plain, both, strict=True)]
+    if not both:
+        return 0, 0.0, 0.0
+    off, off_beside = (geometric_mean([max(x, 1 / x) for x in each]) - 1 for each in (plain, beside))
+    return len(both), off, off_beside
 
 
 def _report(options: argparse.Namespace, settings: Sequence[Setting], results: Results) -> None:
@@ -302,6 +341,13 @@ def _report(options: argparse.Namespace, settings: Sequence[Setting], results: R
         f"{sum(abs(row['error']) > LARGEST_ERROR for row in rows)} above {LARGEST_ERROR:.0%}; choice right, or within "
         f"{NEAR_ENOUGH:.0%}, in {right} of {len(choices)} settings; fp32 or bf16 was the fastest in {uncompressed}"
     )
+    note += f". Without whole steps (calibrate --quick) the error is {mean_error(rows, 'quick_error'):.1%}"
+    if options.earlier:
+        shared, difference, beside = differences(results.measured, Results(Path(options.earlier)).measured)
+        note += (
+            f". {shared} of the steps differ by {difference:.1%} from an earlier run, by {beside:.1%} where forward "
+            "and backward of each run are taken as given"
+        )
     report.table("The choice", CHOICES, choices, note)
     report.write()
 
@@ -328,7 +374,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--minutes", type=float, default=90.0, help="after which no new setting is begun")
     arguments.add_argument("--seconds", type=float, default=2.0, help="of steps that count, per scheme and setting")
     arguments.add_argument("--report", action="store_true", help="measure nothing, report what is there")
+    arguments.add_argument("--earlier", metavar="FOLDER", help="of an earlier run, to compare with")
     options = arguments.parse_args(argv)
+    if options.earlier and not Path(options.earlier, MEASURED).is_file():
+        arguments.error(f"there is no {MEASURED} in {options.earlier}: --earlier takes the --out of another run")
     if options.quick:
         options.seconds = 0.2
     return ranks.exit_code_of(lambda: _measure_all(options), "simulator")

@@ -198,6 +198,8 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="about how long collectives may take, beside kernels and steps (10)"
     )
+    quick = "without whole steps, which take most of the time: predictions are then about twice as far off"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.set_defaults(run=_calibrate)
 
 
@@ -212,6 +214,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         nominal_bytes_per_s=options.link,
         ranks_per_machine=options.per_machine,
         seconds=options.seconds,
+        whole_steps=not options.quick,
     )
     if profile is not None:  # on rank 0
         profile.save(options.profile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,15 @@ def test_the_simulator_is_held_to_the_fastest_measured() -> None:
     assert (choice["predicted"], choice["measured"]) == ("fp32", "bf16")
     assert choice["behind"] == pytest.approx(8.0 / 7.5 - 1)
     assert simulator.mean_error(rows) == pytest.approx(0.25)
+
+
+def test_how_far_two_runs_are_from_each_other() -> None:
+    now = {"a": {"no-op hook": 10.0, "fp32 DDP": 20.0, "planes": 12.0}, "b": {"no-op hook": 10.0, "fp32 DDP": 1.0}}
+    then = {"a": {"no-op hook": 20.0, "fp32 DDP": 40.0, "planes": 12.0}, "c": {"no-op hook": 10.0, "fp32 DDP": 1.0}}
+    count, difference, beside = simulator.differences(now, then)
+    assert count == 2
+    assert difference == pytest.approx(math.sqrt(2) - 1)  # fp32 by a factor of two, planes not
+    assert beside == pytest.approx(math.sqrt(2) - 1)  # and the other way round
 
 
 def test_the_simulator_holds_settings_out_by_its_rule() -> None:

@@ -38,7 +38,12 @@ _WORK_S = 0.15
 
 
 def calibrate_under_torchrun(
-    *, backend: str | None, nominal_bytes_per_s: float | None, ranks_per_machine: int | None, seconds: float
+    *,
+    backend: str | None,
+    nominal_bytes_per_s: float | None,
+    ranks_per_machine: int | None,
+    seconds: float,
+    whole_steps: bool = True,
 ) -> Profile | None:
     """Join the ranks that torchrun has started, and calibrate; see `calibrate`.
 
@@ -51,7 +56,10 @@ def calibrate_under_torchrun(
     return joined_ranks(
         backend,
         lambda: calibrate(
-            nominal_bytes_per_s=nominal_bytes_per_s, ranks_per_machine=ranks_per_machine, seconds=seconds
+            nominal_bytes_per_s=nominal_bytes_per_s,
+            ranks_per_machine=ranks_per_machine,
+            seconds=seconds,
+            whole_steps=whole_steps,
         ),
     )
 
@@ -63,6 +71,7 @@ def calibrate(
     ranks_per_machine: int | None = None,
     seconds: float = 10.0,
     repeats: int = 5,
+    whole_steps: bool = True,
 ) -> Profile | None:
     """Measure links, collectives and kernels on the ranks of the default process group.
 
@@ -77,6 +86,8 @@ def calibrate(
             two cores that 2 or 4 ranks share. On slow links, large messages are left out, and large models where a step
             would take more than a twelfth of this time.
         repeats: of each collective and kernel, of which the median counts; fewer of what takes long.
+        whole_steps: whether steps of small models are timed too, on CPUs. They take most of the time, and without them
+            predicted steps are too short: on two cores about twice as far off (`benchmarks/simulator.py`).
 
     Returns:
         The profile on rank 0, None on the others.
@@ -92,19 +103,21 @@ def calibrate(
             raise ValueError(f"{count} ranks per {what} do not divide the {world_size} ranks")
     ranks = Ranks(per_node, per_machine)
     try:
-        return _calibrate(ranks, nominal_bytes_per_s, seconds, repeats)
+        return _calibrate(ranks, nominal_bytes_per_s, seconds, repeats, whole_steps and ranks.device.type == "cpu")
     finally:
         ranks.close()
 
 
-def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, repeats: int) -> Profile | None:
+def _calibrate(
+    ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, repeats: int, whole_steps: bool
+) -> Profile | None:
     on_cpu = ranks.device.type == "cpu"
     plan = [
         (group, kind)
         for group in ranks.groups
         for kind in (COLLECTIVES if group != "one link" else ("all_reduce_fp32", "all_to_all"))
     ]
-    total = len(plan) + len(kernel_sizes(ranks.world_size)[0]) + 2 + (num_steps_timed(ranks) if on_cpu else 0)
+    total = len(plan) + len(kernel_sizes(ranks.world_size)[0]) + 2 + (num_steps_timed(ranks) if whole_steps else 0)
     with _progress(total, ranks.rank) as advance:
         cores = _cores(ranks, repeats) if on_cpu else math.inf
         advance()
@@ -115,7 +128,7 @@ def _calibrate(ranks: Ranks, nominal_bytes_per_s: float | None, seconds: float, 
             advance()
         # Times are those of all ranks together, and so alike on all: each makes the same profile.
         profile = _profile(ranks, calls, kernels, cores, nominal_bytes_per_s)
-        if on_cpu:
+        if whole_steps:
             profile = replace(profile, in_step=in_step_factors(ranks, profile, seconds / 12, advance))
     return profile if ranks.rank == 0 else None
 

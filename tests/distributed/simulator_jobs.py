@@ -64,10 +64,10 @@ def count_rival_beside_prediction(
     rival.close()
 
 
-def calibrated(rank: int, world_size: int) -> dict[str, Any] | None:
+def calibrated(rank: int, world_size: int, whole_steps: bool = True) -> dict[str, Any] | None:
     """Calibrate in a hurry, in two nodes."""
     before = torch.get_rng_state()
-    profile = calibrate(ranks_per_node=2, ranks_per_machine=world_size, seconds=0.2, repeats=1)
+    profile = calibrate(ranks_per_node=2, ranks_per_machine=world_size, seconds=0.2, repeats=1, whole_steps=whole_steps)
     dist.barrier()
     assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers are its own"
     assert (profile is None) == (rank != 0)

@@ -53,3 +53,9 @@ def test_calibrate_on_ranks(rank_pool: Pools) -> None:
     assert set(found["in_step"]) == {"fp32", "bf16", "fp16", "powersgd", "topk", "planes", "sparse", "hierarchical"}
     for points in found["in_step"].values():
         assert all(0.01 < point["work"] < 100 and 0.89 < point["wire"] < 3.1 for point in points)
+
+
+def test_calibrate_without_whole_steps(rank_pool: Pools) -> None:
+    found = rank_pool(4).run(jobs.calibrated, False, deadline_s=150)[0]
+    assert found["bandwidth"] > 0
+    assert not found["in_step"]
