@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distsign.wire.header import CHECKSUM_BYTES
 
-__all__ = ["checksums", "digest", "find_damaged", "write_checksums"]
+__all__ = ["checksums", "damaged_numbers", "digest", "find_damaged", "write_checksums"]
 
 _COLUMNS, _ROWS = 4096, 256  # words of a row, rows of a block: on the device 8 MB of products at a time
 
@@ -82,28 +82,27 @@ def find_damaged(rows: Tensor, sizes: Sequence[int], own: range = range(0)) -> T
         rows: uint8 `[num_rows, sum(sizes)]`, contiguous: in each, payloads of these sizes one after the other.
         sizes: bytes of each payload of a row.
         own: numbers of those that never left this rank, row by row; they are taken to be undamaged.
+
+    By operations on tensors alone, so that no device is waited for.
     """
-    if rows.device.type != "cpu":
-        damaged = _find_damaged_at_once(rows, sizes)
-        damaged.view(-1)[own.start : own.stop] = False
-        return damaged
+    parts = torch.split(rows, list(sizes), dim=1)
+    damaged = torch.stack(
+        [(checksums(part[:, :-CHECKSUM_BYTES]) != part[:, -CHECKSUM_BYTES:]).any(1) for part in parts], dim=1
+    )
+    damaged.view(-1)[own.start : own.stop] = False
+    return damaged
+
+
+def damaged_numbers(rows: Tensor, sizes: Sequence[int], own: range = range(0)) -> list[int]:
+    """Return the numbers, row by row, of the payloads that `find_damaged` finds; on the CPU, where this is quicker."""
     assert rows.shape[1] == sum(sizes)
     data, found, start = rows.numpy().reshape(-1).data, [], 0
     for number, size in enumerate([*sizes] * rows.shape[0]):
-        end = start + size
-        found.append(
-            number not in own and _checksum(data[start : end - CHECKSUM_BYTES]) != data[end - CHECKSUM_BYTES : end]
-        )
-        start = end
-    return torch.tensor(found, dtype=torch.bool).view(rows.shape[0], -1)
-
-
-def _find_damaged_at_once(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return what `find_damaged` does, by operations on tensors alone, so that no device is waited for."""
-    parts = torch.split(rows, list(sizes), dim=1)
-    return torch.stack(
-        [(checksums(part[:, :-CHECKSUM_BYTES]) != part[:, -CHECKSUM_BYTES:]).any(1) for part in parts], dim=1
-    )
+        payload = data[start : start + size]
+        start += size
+        if number not in own and _checksum(payload[:-CHECKSUM_BYTES]) != payload[-CHECKSUM_BYTES:]:
+            found.append(number)
+    return found
 
 
 def _checksum(data: memoryview) -> bytes:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distsign.admission import Admission
 from distsign.collectives import Link
-from distsign.digest import find_damaged
+from distsign.digest import damaged_numbers, find_damaged
 from distsign.kernels import Kernels
 from distsign.layout import IntArray
 from distsign.owner import Owner
@@ -238,9 +238,8 @@ class VoteExchange:
         kernels: Kernels,
     ) -> Tensor:
         """Turn all workers' payloads on one shard into the payload of its verdicts."""
-        most, density, layout = 0, self.admission.max_density, ballots.layout
-        if density is not None:
-            most = int(layout.most_votes(density)[layout.owned(shard)[1]].sum())
+        density, layout = self.admission.max_density, ballots.layout
+        most = 0 if density is None else layout.most_votes_of(shard, density)
         found = self.admission.admit(ballots.open(shard, received), most, kernels)
         mean = self.admission.mean(found.raw)
         if mean.numel():  # finite numbers may well have an infinite sum
@@ -296,12 +295,14 @@ class VoteExchange:
         """
         on_cpu = rows.device.type == "cpu"
         self._damage = self._damage.to(rows.device)
-        if self._checksum:
-            damaged = find_damaged(rows, [form.sizes[owner] for owner in owners], own)
-            if not on_cpu or damaged.any():
-                self._note_damage(form, damaged, column)
-        else:
-            damaged = rows.new_zeros(rows.shape[0], len(owners), dtype=torch.bool)
+        sizes = [form.sizes[owner] for owner in owners]
+        damaged = rows.new_zeros(rows.shape[0], len(owners), dtype=torch.bool)
+        if self._checksum and not on_cpu:
+            damaged = find_damaged(rows, sizes, own)
+            self._note_damage(form, damaged, column)
+        elif self._checksum and (numbers := damaged_numbers(rows, sizes, own)):
+            damaged.view(-1)[numbers] = True
+            self._note_damage(form, damaged, column)
         if on_cpu and form.has_usual_headers(rows, owners):
             return damaged
         headers, poisoned, foreign = form.read_headers(rows, owners)

@@ -151,6 +151,21 @@ class Layout:
     def _most_votes(self) -> dict[float, IntArray]:
         return {}
 
+    def most_votes_of(self, owner: int, density: float) -> int:
+        """Return the sum of `most_votes` over one owner's pieces; kept like them."""
+        if (owner, density) not in self._most_votes_of:
+            self._most_votes_of[owner, density] = int(self.most_votes(density)[self.owned(owner)[1]].sum())
+        return self._most_votes_of[owner, density]
+
+    @cached_property
+    def _most_votes_of(self) -> dict[tuple[int, float], int]:
+        return {}
+
+    @cached_property
+    def none_crowded(self) -> Tensor:
+        """False for each piece, on the CPU; not to be changed."""
+        return torch.zeros(self.all_pieces.length.size, dtype=torch.bool)
+
     @cached_property
     def _owned(self) -> dict[int, tuple[Spans, IntArray]]:
         return {}

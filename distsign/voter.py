@@ -212,7 +212,7 @@ class Voter:
         if not forget and _is_wide(caps, layout) and out.device.type == "cpu":
             counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=True)
             kept, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=True)
-            if not crowded.any():
+            if crowded is layout.none_crowded:
                 return kept, finite, crowded
             # Anew, from the half of the memory that this step does not write, as if nothing had been packed.
         counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=forget)
@@ -230,19 +230,22 @@ class Voter:
         *,
         forget: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Keep what fits; return the ballots left of each row, and which pieces had more."""
+        """Keep what fits; return the ballots left of each row, and which pieces had more.
+
+        On the CPU the latter is `layout.none_crowded` itself where none had.
+        """
         assert starts is not None
-        limits = torch.from_numpy(caps)
         pieces = layout.all_pieces
         memory = None if forget else self.memory  # where the carry forgets, packing has cleared it
         on_cpu = out.device.type == "cpu"
         # Where a parameter has no more ballots than any piece of it may have, those of pieces need not be counted; and
         # where no piece has more than it may have, what packing has counted is what is there.
         if on_cpu and memory is None and (counts.numpy()[pieces.row] <= caps).all():
-            return counts, counts.new_zeros(caps.size, dtype=torch.bool)
+            return counts, layout.none_crowded
+        limits = torch.from_numpy(caps)
         wanted = kernels.settle_carry(out, pieces, limits, torch.from_numpy(starts), memory)
         if on_cpu and (wanted.numpy() <= caps).all():
-            return counts, counts.new_zeros(caps.size, dtype=torch.bool)
+            return counts, layout.none_crowded
         limits = upload(limits, wanted.device)
         crowded = wanted > limits
         row = layout.table(("rows",), lambda: pieces.row, wanted.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distsign import digest as module
-from distsign.digest import _multilinear, checksums, digest, find_damaged, write_checksums
+from distsign.digest import _multilinear, checksums, damaged_numbers, digest, find_damaged, write_checksums
 from distsign.wire.header import CHECKSUM_BYTES
 
 WAYS = {"xxh3": digest, "multilinear": lambda t: _multilinear(t.contiguous().reshape(-1).view(torch.uint8))}
@@ -80,23 +80,22 @@ def test_a_payload_and_its_checksum(num_bytes: int) -> None:
     payloads = torch.randint(0, 256, (3, num_bytes + CHECKSUM_BYTES), dtype=torch.uint8, generator=draw)
     write_checksums(payloads.view(-1), [num_bytes + CHECKSUM_BYTES] * 3)
     assert torch.equal(payloads[:, num_bytes:], checksums(payloads[:, :num_bytes]))
-    assert not find_damaged(payloads, [num_bytes + CHECKSUM_BYTES]).any()
+    assert not damaged_numbers(payloads, [num_bytes + CHECKSUM_BYTES])
     payloads[1, num_bytes // 2] ^= 4
+    assert damaged_numbers(payloads, [num_bytes + CHECKSUM_BYTES]) == [1]
     assert find_damaged(payloads, [num_bytes + CHECKSUM_BYTES]).tolist() == [[False], [True], [False]]
 
 
-def test_payloads_of_several_sizes_in_a_row() -> None:
+@pytest.mark.parametrize(("own", "expected"), [(range(0), [0, 10]), (range(2), [10]), (range(8, 12), [0])])
+def test_payloads_of_several_sizes_in_a_row(own: range, expected: list[int]) -> None:
+    """What never left this rank is not looked at."""
     sizes = [5, 70, 4, 33]
     rows = torch.randint(0, 256, (3, sum(sizes)), dtype=torch.uint8)
     for row in rows:
         write_checksums(row, sizes)
-    assert not find_damaged(rows, sizes).any()
-    assert not module._find_damaged_at_once(rows, sizes).any()
+    assert not find_damaged(rows, sizes, own).any()
+    assert not damaged_numbers(rows, sizes, own)
     rows[0, 3] ^= 1  # of the first payload
     rows[2, 75] ^= 128  # the checksum of the third, which has nothing else
-    expected = torch.zeros(3, 4, dtype=torch.bool)
-    expected[0, 0] = expected[2, 2] = True
-    assert torch.equal(find_damaged(rows, sizes), expected)
-    assert torch.equal(module._find_damaged_at_once(rows, sizes), expected)
-    expected[0, 0] = False
-    assert torch.equal(find_damaged(rows, sizes, range(2)), expected)  # what never left this rank
+    assert damaged_numbers(rows, sizes, own) == expected
+    assert find_damaged(rows, sizes, own).flatten().nonzero().flatten().tolist() == expected
