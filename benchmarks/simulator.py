@@ -10,7 +10,7 @@ the time of forward and backward without exchange, measured beside.
 
 Results are kept as they come in `OUT/simulator-measured.jsonl`; what is there is not measured again, so that a run may
 be broken off and gone on with. `--minutes` bounds a run, `--report` only reports; `--earlier FOLDER` says how far the
-same steps are from those of an earlier run: nearer than that no prediction can be.
+same steps are from those of an earlier run.
 """
 
 from __future__ import annotations
@@ -124,6 +124,16 @@ TABLE = (
     Column("ms", "measured ms", ".1f"),
     Column("error", "error", "+.1%"),
     Column("cores_matter", "cores matter"),
+)
+PARTS = (
+    Column("of", "of"),
+    Column("steps", "steps", "d"),
+    Column("error", "error", ".1%"),
+    Column("error_bias", "bias", "+.1%"),
+    Column("error_large", "above 20 %", "d"),
+    Column("quick_error", "quick", ".1%"),
+    Column("quick_error_bias", "bias", "+.1%"),
+    Column("quick_error_large", "above 20 %", "d"),
 )
 CHOICES = (
     Column("setting", "ranks/per node, link, model"),
@@ -290,6 +300,16 @@ def choice_of(rows: Sequence[Row]) -> Row:
     return {**names, "behind": chosen["ms"] / fastest["ms"] - 1}
 
 
+def summary_of(of: str, rows: Sequence[Row]) -> Row:
+    """Return how far some steps are off on the whole, to which side, and how far without whole steps."""
+    found: Row = {"of": of, "steps": len(rows)}
+    for name in ("error", "quick_error"):
+        errors = [row[name] for row in rows]
+        found |= {name: mean_error(rows, name), f"{name}_bias": sum(errors) / len(errors)}
+        found[f"{name}_large"] = sum(abs(error) > LARGEST_ERROR for error in errors)
+    return found
+
+
 def mean_error(rows: Sequence[Row], of: str = "error") -> float:
     """Return the geometric mean of how far predictions are off, as a factor beyond 1, whichever way."""
     return geometric_mean([max(1 + row[of], 1 / (1 + row[of])) for row in rows]) - 1
@@ -341,15 +361,25 @@ def _report(options: argparse.Namespace, settings: Sequence[Setting], results: R
         f"{sum(abs(row['error']) > LARGEST_ERROR for row in rows)} above {LARGEST_ERROR:.0%}; choice right, or within "
         f"{NEAR_ENOUGH:.0%}, in {right} of {len(choices)} settings; fp32 or bf16 was the fastest in {uncompressed}"
     )
-    note += f". Without whole steps (calibrate --quick) the error is {mean_error(rows, 'quick_error'):.1%}"
+    report.table("The choice", CHOICES, choices, note)
+    _report_parts(report, options, settings, results, rows)
+    report.write()
+
+
+def _report_parts(
+    report: Report, options: argparse.Namespace, settings: Sequence[Setting], results: Results, rows: Sequence[Row]
+) -> None:
+    parts = {"all": rows}
+    parts |= {name: [row for row in rows if row["name"] == name] for name in {**SIMULATED, **HIERARCHICAL}}
+    parts |= {each.rate: [row for row in rows if each.rate in row["setting"].split()] for each in settings}
+    note = "quick: without whole steps, as calibrate --quick has it"
     if options.earlier:
         shared, difference, beside = differences(results.measured, Results(Path(options.earlier)).measured)
         note += (
             f". {shared} of the steps differ by {difference:.1%} from an earlier run, by {beside:.1%} where forward "
             "and backward of each run are taken as given"
         )
-    report.table("The choice", CHOICES, choices, note)
-    report.write()
+    report.table("By scheme, by link", PARTS, [summary_of(of, part) for of, part in parts.items() if part], note)
 
 
 def _measure_all(options: argparse.Namespace) -> None:

@@ -98,10 +98,7 @@ class Admission:
         out = self.left_out
         # Slots that no density cap could fill need no counting, which would decode every body once more.
         if self.max_density is not None and ballots.capacity > most:
-            votes = ballots.num_votes(kernels)
-            if out.device.type == "cpu" and votes.numpy().max() <= most and not out.numpy().any():  # nearly always
-                return ballots
-            out = out | (votes > most)
+            out = out | (ballots.num_votes(kernels) > most)
         elif self.max_poison_streak is None:
             return ballots
         return ballots.without(out)

@@ -65,6 +65,7 @@ def write_checksums(payloads: Tensor, sizes: Sequence[int]) -> None:
         payloads: uint8 `[sum(sizes)]`, contiguous: payloads one after the other.
         sizes: bytes of each.
     """
+    assert payloads.numel() == sum(sizes)
     if payloads.device.type != "cpu":
         for payload in torch.split(payloads, list(sizes)):
             payload[-CHECKSUM_BYTES:] = checksums(payload[None, :-CHECKSUM_BYTES])[0]
@@ -78,12 +79,12 @@ def write_checksums(payloads: Tensor, sizes: Sequence[int]) -> None:
 def find_damaged(rows: Tensor, sizes: Sequence[int], own: range = range(0)) -> Tensor:
     """Return which payloads are not as `write_checksums` left them, bool `[num_rows, len(sizes)]`.
 
+    By operations on tensors alone, so that no device is waited for.
+
     Args:
         rows: uint8 `[num_rows, sum(sizes)]`, contiguous: in each, payloads of these sizes one after the other.
         sizes: bytes of each payload of a row.
         own: numbers of those that never left this rank, row by row; they are taken to be undamaged.
-
-    By operations on tensors alone, so that no device is waited for.
     """
     parts = torch.split(rows, list(sizes), dim=1)
     damaged = torch.stack(

@@ -136,6 +136,10 @@ class VoteExchange:
             for link in (self._voters, self._node, self._all):
                 link.close()
 
+    @property
+    def _only_mine(self) -> range:
+        return range(self.rank, self.rank + 1)
+
     def describe(self) -> str:
         """Return this rank's place among all ranks in words, for errors."""
         return self._all.describe()
@@ -194,7 +198,7 @@ class VoteExchange:
         own = ballots.sizes[self.rank]
         found = self._voters.all_to_all(buffer, list(ballots.sizes), [own] * self.num_voters, "ballots to their owners")
         received = found.view(self.num_voters, own)
-        mine = range(self.rank, self.rank + 1)
+        mine = self._only_mine
         poisoned = self.admission.poison(self._check(ballots, received, mine, self.local_rank, mine).squeeze(1))
         payload = self._count(ballots, verdicts, self.rank, received, poisoned, owner, starts, kernels)
         return self._voters.share(payload, verdicts.sizes, "verdicts to all ranks")
@@ -206,9 +210,8 @@ class VoteExchange:
             PayloadError: if a payload is not what this rank expects.
         """
         owners = range(len(verdicts.sizes))
-        own = range(0)
-        if column == self.local_rank:
-            own = owners if self.kind == "all_gather" else owners[self.rank :][:1]
+        # Where all verdicts are counted here, all are checked: one copy of each is all that there is of it.
+        own = self._only_mine if column == self.local_rank and self.kind != "all_gather" else range(0)
         poisoned = self._check(verdicts, payloads.unsqueeze(0), owners, column, own).any()
         planes, crowded, mean, ok = verdicts.open_all(payloads, kernels)
         return Verdicts(planes, crowded, mean, self._require(ok, poisoned, "verdicts"))
@@ -296,13 +299,14 @@ class VoteExchange:
         on_cpu = rows.device.type == "cpu"
         self._damage = self._damage.to(rows.device)
         sizes = [form.sizes[owner] for owner in owners]
-        damaged = rows.new_zeros(rows.shape[0], len(owners), dtype=torch.bool)
         if self._checksum and not on_cpu:
             damaged = find_damaged(rows, sizes, own)
             self._note_damage(form, damaged, column)
-        elif self._checksum and (numbers := damaged_numbers(rows, sizes, own)):
-            damaged.view(-1)[numbers] = True
-            self._note_damage(form, damaged, column)
+        else:
+            damaged = rows.new_zeros(rows.shape[0], len(owners), dtype=torch.bool)
+            if self._checksum and (numbers := damaged_numbers(rows, sizes, own)):
+                damaged.view(-1)[numbers] = True
+                self._note_damage(form, damaged, column)
         if on_cpu and form.has_usual_headers(rows, owners):
             return damaged
         headers, poisoned, foreign = form.read_headers(rows, owners)

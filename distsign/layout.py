@@ -162,11 +162,6 @@ class Layout:
         return {}
 
     @cached_property
-    def none_crowded(self) -> Tensor:
-        """False for each piece, on the CPU; not to be changed."""
-        return torch.zeros(self.all_pieces.length.size, dtype=torch.bool)
-
-    @cached_property
     def _owned(self) -> dict[int, tuple[Spans, IntArray]]:
         return {}
 

@@ -227,7 +227,11 @@ class VotePipeline:
         self._counts.ballots(column.layout.num_elements, cast.num_ballots)
         poison = ~(cast.finite & raw.isfinite().all())
         self._unfit = self._unfit | poison
-        crowded = None if column.ballots.caps is None else cast.crowded
+        crowded, caps = cast.crowded, column.ballots.caps
+        if caps is None:
+            crowded = None
+        elif crowded is None:
+            crowded = raw.new_zeros(caps.size, dtype=torch.bool)
         return column.ballots.seal(planes, crowded, raw, poison, kernels)
 
     def _caps(self, column: Column) -> IntArray | None:

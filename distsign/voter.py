@@ -28,7 +28,8 @@ class Cast:
     Attributes:
         num_ballots: int64 scalar tensor, ballots written.
         finite: bool scalar tensor, False if any gradient held a NaN or an infinity.
-        crowded: bool `[num_pieces]`, True where more wanted to vote than fits; None without caps.
+        crowded: bool `[num_pieces]`, True where more wanted to vote than fits; None without caps, and
+            on the CPU where all fit.
     """
 
     num_ballots: Tensor
@@ -203,7 +204,7 @@ class Voter:
         out: Tensor,
         *,
         forget: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Pack with a carry what caps allow; return ballots of each row, whether all is finite, and what was crowded.
 
         Packing clears the carry of all that votes at once. What caps leave out must keep its own, so that settling
@@ -212,8 +213,8 @@ class Voter:
         if not forget and _is_wide(caps, layout) and out.device.type == "cpu":
             counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=True)
             kept, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=True)
-            if crowded is layout.none_crowded:
-                return kept, finite, crowded
+            if crowded is None:
+                return kept, finite, None
             # Anew, from the half of the memory that this step does not write, as if nothing had been packed.
         counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=forget)
         kept, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=forget)
@@ -229,11 +230,8 @@ class Voter:
         out: Tensor,
         *,
         forget: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Keep what fits; return the ballots left of each row, and which pieces had more.
-
-        On the CPU the latter is `layout.none_crowded` itself where none had.
-        """
+    ) -> tuple[Tensor, Tensor | None]:
+        """Keep what fits; return the ballots left of each row, and which pieces had more; on the CPU None for none."""
         assert starts is not None
         pieces = layout.all_pieces
         memory = None if forget else self.memory  # where the carry forgets, packing has cleared it
@@ -241,11 +239,11 @@ class Voter:
         # Where a parameter has no more ballots than any piece of it may have, those of pieces need not be counted; and
         # where no piece has more than it may have, what packing has counted is what is there.
         if on_cpu and memory is None and (counts.numpy()[pieces.row] <= caps).all():
-            return counts, layout.none_crowded
+            return counts, None
         limits = torch.from_numpy(caps)
         wanted = kernels.settle_carry(out, pieces, limits, torch.from_numpy(starts), memory)
         if on_cpu and (wanted.numpy() <= caps).all():
-            return counts, layout.none_crowded
+            return counts, None
         limits = upload(limits, wanted.device)
         crowded = wanted > limits
         row = layout.table(("rows",), lambda: pieces.row, wanted.device)

@@ -92,7 +92,7 @@ class Votes:
             if not share or self.rng.random() < share:
                 row, how = changed(row, form, owner, self.others, self.rng, allowed)
                 found = read(form, owner, row)
-            if writer == self.setting.rank or (form.verdict and self.setting.kind == "all_gather"):
+            if writer == self.setting.rank and not (form.verdict and self.setting.kind == "all_gather"):
                 found = replace(found, damaged=False)
             rows.append(row)
             reads.append(found)

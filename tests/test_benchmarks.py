@@ -145,11 +145,19 @@ def test_the_simulator_is_held_to_the_fastest_measured() -> None:
 
 def test_how_far_two_runs_are_from_each_other() -> None:
     now = {"a": {"no-op hook": 10.0, "fp32 DDP": 20.0, "planes": 12.0}, "b": {"no-op hook": 10.0, "fp32 DDP": 1.0}}
-    then = {"a": {"no-op hook": 20.0, "fp32 DDP": 40.0, "planes": 12.0}, "c": {"no-op hook": 10.0, "fp32 DDP": 1.0}}
+    then = {"a": {"no-op hook": 20.0, "fp32 DDP": 40.0, "planes": 24.0}, "c": {"no-op hook": 10.0, "fp32 DDP": 1.0}}
     count, difference, beside = simulator.differences(now, then)
     assert count == 2
-    assert difference == pytest.approx(math.sqrt(2) - 1)  # fp32 by a factor of two, planes not
-    assert beside == pytest.approx(math.sqrt(2) - 1)  # and the other way round
+    assert difference == pytest.approx(1.0)
+    assert beside == pytest.approx(0.0)  # all of it was forward and backward
+
+
+def test_how_far_some_steps_are_off() -> None:
+    rows = [{"error": 0.25, "quick_error": 1.0}, {"error": 0.0, "quick_error": -0.5}]
+    found = simulator.summary_of("all", rows)
+    assert found["error"] == pytest.approx(math.sqrt(1.25) - 1)
+    assert (found["error_bias"], found["error_large"], found["quick_error_bias"]) == (0.125, 1, 0.25)
+    assert found["quick_error"] == pytest.approx(1.0)
 
 
 def test_the_simulator_holds_settings_out_by_its_rule() -> None:

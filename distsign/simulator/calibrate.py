@@ -82,12 +82,14 @@ def calibrate(
             that all share a machine do not use it: of that link the profile has no more than this figure.
         ranks_per_node: consecutive ranks that share a link; None: `LOCAL_WORLD_SIZE`.
         ranks_per_machine: consecutive ranks that share cores; None: `LOCAL_WORLD_SIZE`.
-        seconds: about how long collectives may take; kernels and whole steps come on top, a minute or two together on
-            two cores that 2 or 4 ranks share. On slow links, large messages are left out, and large models where a step
-            would take more than a twelfth of this time.
-        repeats: of each collective and kernel, of which the median counts; fewer of what takes long.
-        whole_steps: whether steps of small models are timed too, on CPUs. They take most of the time, and without them
-            predicted steps are too short: on two cores about twice as far off (`benchmarks/simulator.py`).
+        seconds: about how long collectives may take; kernels and whole steps come on top, one to four minutes together
+            on two cores that 2 to 8 ranks share. On slow links, large messages are left out, and large models where a
+            step would take more than a twelfth of this time.
+        repeats: of each measurement, of which the median counts, of steps three times as many; fewer of what takes
+            long.
+        whole_steps: whether steps of small models are timed too, on CPUs. They take most of the time. Without them
+            predictions were three times as far off up to 500 Mbit/s, and of hierarchical votes up to 50 % too long
+            (`benchmarks/results/simulator`).
 
     Returns:
         The profile on rank 0, None on the others.
@@ -129,7 +131,7 @@ def _calibrate(
         # Times are those of all ranks together, and so alike on all: each makes the same profile.
         profile = _profile(ranks, calls, kernels, cores, nominal_bytes_per_s)
         if whole_steps:
-            profile = replace(profile, in_step=in_step_factors(ranks, profile, seconds / 12, advance))
+            profile = replace(profile, in_step=in_step_factors(ranks, profile, repeats, seconds / 12, advance))
     return profile if ranks.rank == 0 else None
 
 

@@ -2,7 +2,7 @@
 
 Between two calls of a kernel a step does everything else: caches are cold, threads of collectives run, and of several
 ranks one is always the last. Alone none of this is seen. On a virtual Xeon of two cores a 0.1-bit vote's work took 0.9
-to 2.3 times as long in steps as alone, PowerSGD's 0.6 to 2.6 times (profiles in `benchmarks/results/simulator`).
+to 2.0 times as long in steps as alone, PowerSGD's 1.2 to 2.2 times (profiles in `benchmarks/results/simulator`).
 """
 
 # Annotations are evaluated in this file: DDP compares those of a hook with the classes themselves.
@@ -74,8 +74,9 @@ _RIVALS = {
     "topk": ("top-k", "density"),
 }
 """Name and option of those that are behind `make_rival`."""
-_STEPS, _ENOUGH_S = 15, 1.5
-"""That are timed, fewer where they take longer: of 5, PowerSGD's factor on two ranks came to 1.9, 3.0 and 4.2."""
+_STEPS, _ENOUGH_S = 3, 1.5
+"""That are timed for each repeat of a kernel, fewer where they take longer than this. Of 5 steps in all, PowerSGD's
+factor on two ranks came to 1.9, 3.0 and 4.2."""
 _BATCHES, _WARM_UP = 8, 3
 """Different batches, in turn; and steps before those that `Ranks.time` does not count: PowerSGD begins with two plain
 ones, DDP parts its buckets anew after the first, and until memory lies where the next step finds it, more go by."""
@@ -87,7 +88,7 @@ def num_steps_timed(ranks: Ranks) -> int:
 
 
 def in_step_factors(
-    ranks: Ranks, profile: Profile, longest_s: float, advance: Callable[[], object]
+    ranks: Ranks, profile: Profile, repeats: int, longest_s: float, advance: Callable[[], object]
 ) -> dict[str, tuple[InStep, ...]]:
     """Return `Profile.in_step`, from steps of models of several sizes under each scheme.
 
@@ -96,6 +97,7 @@ def in_step_factors(
     Args:
         ranks: see there.
         profile: of the same ranks, without factors.
+        repeats: of each kernel; steps are three times as many.
         longest_s: of a predicted step; beyond, only the smallest model is trained.
         advance: called after each scheme and model.
     """
@@ -103,14 +105,14 @@ def in_step_factors(
     for net in _NETS:
         with torch.device("meta"):
             model = Model.of(net.make())
-        alone = _timed(net, None, ranks)
+        alone = _timed(net, None, ranks, repeats)
         for text in _schemes(ranks):
             scheme = Scheme.parse(text)
             predicted = _step(model, scheme, ranks, profile, alone.wall_s)
             if predicted is None:
                 pass  # on many ranks a small model is too small for a budget
             elif net is _NETS[0] or ranks.agreed(predicted.on().step_s) <= longest_s:
-                whole = _timed(net, scheme, ranks)
+                whole = _timed(net, scheme, ranks, repeats)
                 factors = likeliest(predicted, whole.wall_s, whole.cpu_s - alone.cpu_s)
                 found.setdefault(scheme.name, []).append(factors)
             advance()
@@ -171,11 +173,11 @@ def _bucket_mb(scheme: Scheme | None) -> float:
     return _ONE_BUCKET_MB if scheme is not None and scheme.name == "powersgd" else _BUCKET_MB
 
 
-def _timed(net: _Net, scheme: Scheme | None, ranks: Ranks) -> Timing:
+def _timed(net: _Net, scheme: Scheme | None, ranks: Ranks, repeats: int) -> Timing:
     with _training(net, scheme, ranks) as step:
         for _ in range(_WARM_UP):
             step()
-        found = ranks.time(step, _STEPS, enough_s=_ENOUGH_S)
+        found = ranks.time(step, _STEPS * repeats, enough_s=_ENOUGH_S)
     gc.collect()  # a model and its hook hold each other
     return found
 

@@ -36,10 +36,13 @@ CASES = {
 
 
 class DamagedLink:
-    """Flips one bit of what a rank receives from another, in one of its calls from the third step on."""
+    """Flips one bit of what a rank receives from another, in one of its calls from the third step on.
 
-    def __init__(self, state: SignVoteState, sender: int, call: int, bit: int) -> None:
-        self.state, self.sender, self.call, self.bit = state, sender, call, bit
+    `name` is that of the link in the exchange: among voters, or within a node.
+    """
+
+    def __init__(self, state: SignVoteState, sender: int, call: int, bit: int, name: str = "_voters") -> None:
+        self.state, self.sender, self.call, self.bit, self.name = state, sender, call, bit, name
         self.num_calls = 0
 
     def damage(self, found: Tensor, at: int, size: int) -> None:
@@ -62,15 +65,17 @@ class DamagedLink:
 
     def install(self) -> None:
         assert self.state._pipeline.exchange is not None
-        self.link = self.state._pipeline.exchange._voters
+        self.link = getattr(self.state._pipeline.exchange, self.name)
         self.link.all_to_all = self.all_to_all  # type: ignore[method-assign]
         self.link.all_gather = self.all_gather  # type: ignore[method-assign]
 
 
-def train_on_a_damaged_link(rank: int, world_size: int, case: Case, call: int, bit: int) -> None:
-    """What rank 2 receives of rank 1 is damaged in the third step; the optimizer must not have moved since the second.
+def train_on_a_damaged_link(
+    rank: int, world_size: int, case: Case, call: int, bit: int, sender: int = 1, name: str = "_voters"
+) -> None:
+    """What rank 2 receives of another is damaged in the third step; the optimizer must not have moved since the second.
 
-    `call` 0 is ballots, 1 verdicts; later ones are of the step's second exchange.
+    `call` 0 is ballots, 1 verdicts; later ones are of the step's second exchange. Within a node 0 is gradients.
     """
     net, model, state = build(replace(case, options={**case.options, "checksum": True}))
     optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, vote_state=state)
@@ -87,7 +92,7 @@ def train_on_a_damaged_link(rank: int, world_size: int, case: Case, call: int, b
             raise
         optimizer.step()
         if rank == 2 and step == 0:
-            DamagedLink(state, 1, call, bit).install()
+            DamagedLink(state, sender, call, bit, name).install()
 
 
 @pytest.mark.parametrize(
@@ -112,6 +117,31 @@ def test_all_ranks_name_who_wrote_and_who_got_it(rank_pool: Pools, name: str, ca
         CASES[name],
         call,
         bit,
+        in_step=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "sender", "call", "bit", "writer"),
+    [
+        ("_voters", 0, 0, 99, 0),  # rank 2 votes with rank 0: its ballots
+        ("_voters", 0, 1, 99, 0),  # and its verdicts
+        ("_node", 1, 1, 99, 1),  # by rank 3, of the same node: verdicts of rank 1, which votes with it
+        ("_node", 1, 1, -1, 3),  # and its own, in the place that rank 2 has among those who vote with it
+    ],
+)
+def test_damage_between_nodes_and_within(
+    rank_pool: Pools, name: str, sender: int, call: int, bit: int, writer: int
+) -> None:
+    words = f"a payload that rank {writer} wrote did not reach rank 2 as it was written: its checksum does not match"
+    rank_pool(4).run_expecting(
+        rf"VoteError: the vote on .*PayloadError: {re.escape(words)}",
+        train_on_a_damaged_link,
+        CASES["nodes"],
+        call,
+        bit,
+        sender,
+        name,
         in_step=True,
     )
 
