@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,6 +121,18 @@ def test_calibrate_without_ranks(
     assert "there is no folder" in capsys.readouterr().err
     assert main(["calibrate", str(tmp_path / "p.json"), "--seconds", "0"]) == 2
     assert "--seconds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "whole_steps"), [([], True), (["--quick"], False)])
+def test_whole_steps_are_calibrated_but_in_a_hurry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], whole_steps: bool
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "distsign.simulator.calibrate.calibrate_under_torchrun", lambda **options: given.update(options)
+    )
+    assert main(["calibrate", str(tmp_path / "p.json"), "--seconds", "3", *more]) == 0
+    assert (given["whole_steps"], given["seconds"]) == (whole_steps, 3.0)
 
 
 def test_who_reads_may_stop() -> None:
