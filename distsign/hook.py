@@ -69,7 +69,8 @@ class SignVoteState:
             its way is then an error on all ranks in that same step, which names who wrote and who got it, and no rank
             takes the step; on CUDA, where the host waits for nothing, no rank takes the step and `traffic()` raises.
             Else a damaged payload may still be one, of other votes. Costs those 4 bytes and, at the end of a step, one
-            small all-gather. The gradients that a node averages among itself are not covered, nor what a rank sends to itself.
+            small all-gather. Not covered are the gradients that a node averages among itself, and what never leaves a
+            rank.
         max_density: largest share of the components of an owner's shard on which a worker may vote. An owner counts
             the votes itself and treats a denser payload as abstentions, so that liars cannot outvote honest workers by
             voting where these abstain. Honest workers keep to it by themselves, parameter by parameter: what has no
