@@ -198,7 +198,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="about how long collectives may take, beside kernels and steps (10)"
     )
-    quick = "without whole steps, which CPUs take most of the time for: then up to three times as far off"
+    quick = "leave out whole steps, most of the time on CPUs; predictions are then up to three times as far off"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.set_defaults(run=_calibrate)
 
