@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distsign.wire.header import CHECKSUM_BYTES
 
-__all__ = ["checksums", "damaged_numbers", "digest", "find_damaged", "write_checksums"]
+__all__ = ["checksums", "digest", "find_damaged", "write_checksums"]
 
 _COLUMNS, _ROWS = 4096, 256  # words of a row, rows of a block: on the device 8 MB of products at a time
 
@@ -67,8 +67,7 @@ def write_checksums(payloads: Tensor, sizes: Sequence[int]) -> None:
     """
     assert payloads.numel() == sum(sizes)
     if payloads.device.type != "cpu":
-        for payload in torch.split(payloads, list(sizes)):
-            payload[-CHECKSUM_BYTES:] = checksums(payload[None, :-CHECKSUM_BYTES])[0]
+        _write_by_tensors(payloads, sizes)
         return
     data, end = payloads.numpy().data, 0
     for size in sizes:
@@ -79,31 +78,40 @@ def write_checksums(payloads: Tensor, sizes: Sequence[int]) -> None:
 def find_damaged(rows: Tensor, sizes: Sequence[int], own: range = range(0)) -> Tensor:
     """Return which payloads are not as `write_checksums` left them, bool `[num_rows, len(sizes)]`.
 
-    By operations on tensors alone, so that no device is waited for.
-
     Args:
         rows: uint8 `[num_rows, sum(sizes)]`, contiguous: in each, payloads of these sizes one after the other.
         sizes: bytes of each payload of a row.
         own: numbers of those that never left this rank, row by row; they are taken to be undamaged.
     """
-    parts = torch.split(rows, list(sizes), dim=1)
-    damaged = torch.stack(
-        [(checksums(part[:, :-CHECKSUM_BYTES]) != part[:, -CHECKSUM_BYTES:]).any(1) for part in parts], dim=1
-    )
-    damaged.view(-1)[own.start : own.stop] = False
-    return damaged
-
-
-def damaged_numbers(rows: Tensor, sizes: Sequence[int], own: range = range(0)) -> list[int]:
-    """Return the numbers, row by row, of the payloads that `find_damaged` finds; on the CPU, where this is quicker."""
     assert rows.shape[1] == sum(sizes)
+    if rows.device.type != "cpu":
+        return _find_by_tensors(rows, sizes, own)
     data, found, start = rows.numpy().reshape(-1).data, [], 0
     for number, size in enumerate([*sizes] * rows.shape[0]):
         payload = data[start : start + size]
         start += size
         if number not in own and _checksum(payload[:-CHECKSUM_BYTES]) != payload[-CHECKSUM_BYTES:]:
             found.append(number)
-    return found
+    damaged = torch.zeros(rows.shape[0], len(sizes), dtype=torch.bool)
+    if found:
+        damaged.view(-1)[found] = True
+    return damaged
+
+
+def _write_by_tensors(payloads: Tensor, sizes: Sequence[int]) -> None:
+    """Do what `write_checksums` does by operations on tensors alone, so that no device is waited for."""
+    for payload in torch.split(payloads, list(sizes)):
+        payload[-CHECKSUM_BYTES:] = checksums(payload[None, :-CHECKSUM_BYTES])[0]
+
+
+def _find_by_tensors(rows: Tensor, sizes: Sequence[int], own: range) -> Tensor:
+    """Do what `find_damaged` does by operations on tensors alone."""
+    parts = torch.split(rows, list(sizes), dim=1)
+    damaged = torch.stack(
+        [(checksums(part[:, :-CHECKSUM_BYTES]) != part[:, -CHECKSUM_BYTES:]).any(1) for part in parts], dim=1
+    )
+    damaged.view(-1)[own.start : own.stop] = False
+    return damaged
 
 
 def _checksum(data: memoryview) -> bytes:

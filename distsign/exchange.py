@@ -6,7 +6,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from distsign.admission import Admission
 from distsign.collectives import Link
-from distsign.digest import damaged_numbers, find_damaged
+from distsign.inspection import Inspection
 from distsign.kernels import Kernels
 from distsign.layout import IntArray
 from distsign.owner import Owner
 from distsign.payload import Form
 from distsign.traffic import ExchangeBytes
-from distsign.wire.header import Header, PayloadError
+from distsign.wire.header import PayloadError
 
 __all__ = ["EXCHANGES", "Verdicts", "VoteExchange"]
 
@@ -58,11 +58,12 @@ class VoteExchange:
             itself, so that no owner needs to be trusted).
         ranks_per_node: consecutive ranks that make a node; 1 for a vote of all.
         checksum: whether payloads end with one. A payload that is damaged then poisons the step, and all ranks learn
-            of it by `tell` and `agree`.
+            of it by `inspection`.
         admission: whose ballots this rank counts; None: everybody's.
 
     Attributes:
         admission: the one that was given, or one of its own.
+        inspection: what holds payloads against what was expected, and tells all ranks of it at the end of a step.
     """
 
     def __init__(
@@ -75,11 +76,6 @@ class VoteExchange:
         admission: Admission | None = None,
     ) -> None:
         self.kind = kind
-        self._checksum = checksum
-        # Of this step: 1 + the rank that wrote a payload which came here damaged, or 0.
-        self._damage = torch.zeros((), dtype=torch.int64)
-        self._word: Callable[[], Tensor] | None = None  # of all voters on this step, on its way
-        self._ranks_per_node = ranks_per_node
         self._all = self._voters = link
         self._node = Link(None)
         if ranks_per_node > 1:
@@ -89,9 +85,11 @@ class VoteExchange:
             columns = [ranks[k::ranks_per_node] for k in range(ranks_per_node)]
             self._voters = self._all.part(columns) if len(nodes) > 1 else Link(None)
         self.admission = admission or Admission(self._voters.world_size)
-        # On CUDA a header that does not fit is found without waiting for the device; it poisons the step at once and is
-        # reported by `raise_if_mismatched`.
-        self._mismatch: Tensor | None = None
+        # Where every rank gets all ballots, none needs to be told who sent poison.
+        tells_poison = self.admission.max_poison_streak is not None and kind != "all_gather"
+        self.inspection = Inspection(
+            self._voters, self._node, self.admission, checksum=checksum, tells_poison=tells_poison
+        )
 
     @property
     def counted(self) -> ExchangeBytes:
@@ -199,7 +197,8 @@ class VoteExchange:
         found = self._voters.all_to_all(buffer, list(ballots.sizes), [own] * self.num_voters, "ballots to their owners")
         received = found.view(self.num_voters, own)
         mine = self._only_mine
-        poisoned = self.admission.poison(self._check(ballots, received, mine, self.local_rank, mine).squeeze(1))
+        flagged = self.inspection.check(ballots, received, mine, self.local_rank, mine)
+        poisoned = self.admission.poison(flagged.squeeze(1))
         payload = self._count(ballots, verdicts, self.rank, received, poisoned, owner, starts, kernels)
         return self._voters.share(payload, verdicts.sizes, "verdicts to all ranks")
 
@@ -212,9 +211,9 @@ class VoteExchange:
         owners = range(len(verdicts.sizes))
         # Where all verdicts are counted here, all are checked: one copy of each is all that there is of it.
         own = self._only_mine if column == self.local_rank and self.kind != "all_gather" else range(0)
-        poisoned = self._check(verdicts, payloads.unsqueeze(0), owners, column, own).any()
+        poisoned = self.inspection.check(verdicts, payloads.unsqueeze(0), owners, column, own).any()
         planes, crowded, mean, ok = verdicts.open_all(payloads, kernels)
-        return Verdicts(planes, crowded, mean, self._require(ok, poisoned, "verdicts"))
+        return Verdicts(planes, crowded, mean, self.inspection.require(ok, poisoned, "verdicts"))
 
     def _all_gather(
         self, ballots: Form, verdicts: Form, buffer: Tensor, owner: Owner, starts: IntArray, kernels: Kernels
@@ -222,7 +221,8 @@ class VoteExchange:
         received = self._voters.all_gather(buffer, "ballots to all ranks")
         parts = [part.contiguous() for part in torch.split(received, list(ballots.sizes), dim=1)]
         own = range(self.rank * len(parts), (self.rank + 1) * len(parts))
-        poisoned = self.admission.poison(self._check(ballots, received, range(len(parts)), self.local_rank, own).any(1))
+        flagged = self.inspection.check(ballots, received, range(len(parts)), self.local_rank, own)
+        poisoned = self.admission.poison(flagged.any(1))
         payloads = []
         for k, mine in enumerate(parts):
             payloads.append(self._count(ballots, verdicts, k, mine, poisoned, owner, starts, kernels))
@@ -248,7 +248,7 @@ class VoteExchange:
         if mean.numel():  # finite numbers may well have an infinite sum
             poisoned = poisoned | ~mean.isfinite().all()
         planes, too_many, ok = owner.count(found, layout, shard, verdicts.caps, starts, kernels)
-        poisoned = self._require(ok, poisoned, "ballots")
+        poisoned = self.inspection.require(ok, poisoned, "ballots")
         crowded = None
         if found.crowded is not None:
             # A minority cannot raise the thresholds of all by claiming to be crowded.
@@ -260,168 +260,8 @@ class VoteExchange:
                 f"rank {self.rank} counts more verdicts than a payload has slots for: rank {liars} cast more ballots "
                 "on a parameter than its cap allows, which no distsign does"
             )
-        self._require(fits | poisoned, poisoned, "verdicts")  # on CUDA; the payload carries poison
+        self.inspection.require(fits | poisoned, poisoned, "verdicts")  # on CUDA; the payload carries poison
         return payload
-
-    def _require(self, ok: Tensor, poisoned: Tensor, what: str) -> Tensor:
-        """Raise if a body was malformed; on CUDA, where that would wait, poison the step and remember it."""
-        if ok.device.type == "cpu":
-            # The body of a poisoned payload is void.
-            if not (poisoned or ok.all()):
-                senders = ", ".join(str(k) for k, fine in enumerate(ok.tolist()) if not fine)
-                raise PayloadError(
-                    f"rank {self.rank} cannot read the {what} of rank {senders}: the body is not one that this "
-                    "distsign writes. It was damaged on its way, or its sender does not run the same distsign"
-                )
-            return poisoned
-        bad = ~ok.all()
-        self._mismatch = bad if self._mismatch is None else self._mismatch | bad
-        return poisoned | bad
-
-    def _check(self, form: Form, rows: Tensor, owners: Sequence[int], column: int, own: range) -> Tensor:
-        """Hold each header and checksum against what is expected; return which payloads carry poison or came damaged.
-
-        Args:
-            form: of the payloads.
-            rows: uint8 `[num_rows, any]`, in each the payloads on the pieces of these owners: a row for the ballots of
-                each voter, or a single one for the verdicts of all owners themselves, in order.
-            owners: see above.
-            column: number in its node of the ranks that wrote them.
-            own: numbers of the payloads that this rank wrote itself, row by row.
-
-        Returns:
-            bool `[num_rows, num_owners]`.
-
-        Raises:
-            PayloadError: on the CPU, if a header is another than expected. On CUDA, where this would wait, all payloads
-                are flagged then, and `raise_if_mismatched` says so later.
-        """
-        on_cpu = rows.device.type == "cpu"
-        self._damage = self._damage.to(rows.device)
-        sizes = [form.sizes[owner] for owner in owners]
-        if self._checksum and not on_cpu:
-            damaged = find_damaged(rows, sizes, own)
-            self._note_damage(form, damaged, column)
-        else:
-            damaged = rows.new_zeros(rows.shape[0], len(owners), dtype=torch.bool)
-            if self._checksum and (numbers := damaged_numbers(rows, sizes, own)):
-                damaged.view(-1)[numbers] = True
-                self._note_damage(form, damaged, column)
-        if on_cpu and form.has_usual_headers(rows, owners):
-            return damaged
-        headers, poisoned, foreign = form.read_headers(rows, owners)
-        foreign = foreign & ~damaged  # a damaged header is not to be believed
-        if on_cpu:
-            if foreign.any():
-                k, row = foreign.t().nonzero()[0].tolist()
-                sender = owners[k] if form.verdict else row
-                data = bytes(headers[row, k].tolist())
-                Header.expect(data, form.headers[owners[k]], sender=sender, receiver=self.rank)
-            return poisoned | damaged
-        bad = foreign.any()  # of what came damaged `agree` takes note
-        self._mismatch = bad if self._mismatch is None else self._mismatch | bad
-        return poisoned | damaged | bad
-
-    def _note_damage(self, form: Form, damaged: Tensor, column: int) -> None:
-        """Remember for `tell` a rank whose payload came damaged, bool `[num_rows, num_owners]` as of `_check`."""
-        writers = form.layout.table(
-            ("writers", column),
-            lambda: [1 + k * self._ranks_per_node + column for k in range(self.num_voters)],
-            damaged.device,
-        )
-        of_each = damaged * (writers if form.verdict else writers.unsqueeze(1))
-        self._damage = torch.maximum(self._damage, of_each.max())
-
-    def tell(self) -> None:
-        """Send word to all ranks of what this one has seen in the step, whose last payloads it has just read.
-
-        On the CPU it travels while verdicts are written; `agree` waits for that of the others. A rank that fails in
-        between, out of memory say, fails alone: the others end this step, and learn of it in the next.
-        """
-        damage, self._damage = self._damage, torch.zeros_like(self._damage)
-        word = [damage.view(1).view(torch.uint8)] * self._checksum
-        word += [self.admission.seen.to(torch.uint8)] * self._tells_poison
-        if word:
-            mine = torch.cat(word)
-            self._word = self._voters.begin_share(mine, [mine.numel()] * self.num_voters, "word of damage and poison")
-
-    @property
-    def _tells_poison(self) -> bool:
-        return self.admission.max_poison_streak is not None and self.kind != "all_gather"
-
-    def agree(self) -> Tensor:
-        """Let all ranks learn, at the end of a step, whose payload came damaged, and who sent poison to anybody.
-
-        All must call it, after `tell`. Without it a rank might take a step that another does not: what came damaged to
-        one has reached the others well. Who floods with poison is left out by all alike; owners know of what came to
-        them alone, and tell; where every rank gets all ballots, none needs to believe it. One message says both.
-
-        Returns:
-            bool scalar tensor on the device of the payloads, alike on all ranks: whether the step must be poisoned.
-
-        Raises:
-            PayloadError: on the CPU, on all ranks alike, if a payload came damaged; it names who wrote it and who got
-                it. On CUDA, where this would wait, `raise_if_mismatched` says so later.
-        """
-        seen, damage = self.admission.seen, torch.zeros_like(self._damage)
-        word, self._word = self._word, None
-        assert (word is None) == (not self._checksum and not self._tells_poison), "agree comes after tell"
-        of_voters = None if word is None else word()
-        if of_voters is not None and not self._says_nothing(of_voters):
-            seen, damage = self._agreed(of_voters.view(self.num_voters, -1), seen, damage)
-            if self._checksum:
-                self._require_undamaged(damage)
-        self.admission.commit(seen)
-        return (damage != 0).any()
-
-    def _says_nothing(self, word: Tensor) -> bool:
-        """Return whether nobody has seen anything, as nearly always; False where looking would wait for a device."""
-        return word.device.type == "cpu" and self._node.world_size == 1 and not word.numpy().any()
-
-    def _agreed(self, of_voters: Tensor, seen: Tensor, damage: Tensor) -> tuple[Tensor, Tensor]:
-        """Return who was seen to send poison, and each rank's damage in order of rank; or as given, if not told of it.
-
-        Args:
-            of_voters: uint8 `[num_voters, any]`, the word of each.
-            seen: bool `[num_voters]`.
-            damage: int64.
-        """
-        split = damage.itemsize * self._checksum
-        told = of_voters[:, split:].amax(0) if self._tells_poison else of_voters[0, :0]
-        in_node = torch.cat([of_voters[:, :split].flatten(), told])
-        of_node = self._node.share(in_node, [in_node.numel()] * self._node.world_size, "word of damage and poison")
-        of_node = of_node.view(self._node.world_size, -1)
-        split *= self.num_voters
-        if self._checksum:
-            damage = of_node[:, :split].flatten().view(torch.int64).view(of_node.shape[0], -1).t().flatten()
-        if self._tells_poison:
-            seen = of_node[:, split:].amax(0) != 0
-        return seen, damage
-
-    def _require_undamaged(self, everyones: Tensor) -> None:
-        bad = (everyones != 0).any()
-        if bad.device.type != "cpu":
-            self._mismatch = bad if self._mismatch is None else self._mismatch | bad
-        elif bad:
-            receiver = int(everyones.ne(0).nonzero()[0])
-            raise PayloadError(
-                f"a payload that rank {int(everyones[receiver]) - 1} wrote did not reach rank {receiver} as it was "
-                "written: its checksum does not match. All ranks have left the step out; go on from a checkpoint, and "
-                "look at the link between these ranks and at their memory"
-            )
-
-    def raise_if_mismatched(self) -> None:
-        """Raise what a header check on CUDA has found since. Waits for the device.
-
-        Raises:
-            PayloadError: if any payload so far was not what this rank expected.
-        """
-        if self._mismatch is not None and bool(self._mismatch):
-            raise PayloadError(
-                f"a payload that reached {self.describe()} had a header other than expected, or there was one whose "
-                "checksum did not match; that step was poisoned on all ranks. The ranks do not train the same model "
-                "with the same options, or a link or a memory is faulty"
-            )
 
 
 def _mean(rows: Tensor) -> Tensor:

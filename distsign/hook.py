@@ -193,8 +193,9 @@ class SignVoteState:
     def traffic(self) -> Traffic:
         """Return bytes and densities of this rank so far. On CUDA this waits for the device."""
         self._pipeline.raise_if_broken()
-        if self._pipeline.exchange is not None:
-            self._pipeline.exchange.raise_if_mismatched()
+        exchange = self._pipeline.exchange
+        if exchange is not None:
+            exchange.inspection.raise_if_mismatched(exchange.describe())
         left_out = self._pipeline.memory.admission.numbers()
         return self._counts.traffic(self._counted(), world_size_of(self.process_group), left_out)
 

@@ -319,7 +319,7 @@ class VotePipeline:
         pairs = enumerate(zip(plan.columns, payloads, strict=True))
         read = [self.exchange.read(each.verdicts, payload, kernels_for(device), k) for k, (each, payload) in pairs]
         if is_last:
-            self.exchange.tell()
+            self.exchange.inspection.tell()
         seen: list[Tensor] = []
         for each, found in zip(plan.columns, read, strict=True):
             poisoned = poisoned | found.poisoned
@@ -366,7 +366,7 @@ class VotePipeline:
     def _agree(self, group: list[_Bucket]) -> None:
         """Poison the step on all ranks if a checksum did not match on any; on the CPU that is an error at once."""
         assert self.exchange is not None
-        damaged = self.exchange.agree()
+        damaged = self.exchange.inspection.agree()
         if damaged.device.type != "cpu" and self.options.checksum:
             self._poisoned = self._poisoned | damaged
             for bucket in group:

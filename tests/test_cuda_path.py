@@ -267,7 +267,7 @@ def test_a_step_fits_together_and_waits_for_nothing(name: str) -> None:
         step(votes, parameters)
     assert waits.found == []
     assert votes._poisoned.dtype == votes._unfit.dtype == torch.bool
-    mismatch = votes.exchange and votes.exchange._mismatch
+    mismatch = votes.exchange and votes.exchange.inspection._mismatch
     assert isinstance(mismatch, Tensor) and mismatch.dtype == torch.bool
 
 

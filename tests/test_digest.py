@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from distsign import digest as module
-from distsign.digest import _multilinear, checksums, damaged_numbers, digest, find_damaged, write_checksums
+from distsign.digest import _multilinear, checksums, digest, find_damaged, write_checksums
 from distsign.wire.header import CHECKSUM_BYTES
 
 WAYS = {"xxh3": digest, "multilinear": lambda t: _multilinear(t.contiguous().reshape(-1).view(torch.uint8))}
@@ -74,28 +74,36 @@ def test_the_constants_are_splitmix64() -> None:
     assert [int(value) & (2**64 - 1) for value in columns[:3]] == [value | 1 for value in first]
 
 
+Writing = Callable[[Tensor, Sequence[int]], None]
+Finding = Callable[[Tensor, Sequence[int], range], Tensor]
+every_writing = pytest.mark.parametrize("write", [write_checksums, module._write_by_tensors], ids=["quick", "tensors"])
+every_finding = pytest.mark.parametrize("find", [find_damaged, module._find_by_tensors], ids=["quick", "tensors"])
+
+
+@every_writing
+@every_finding
 @pytest.mark.parametrize("num_bytes", [0, 1, 17, 240, 100_001])
-def test_a_payload_and_its_checksum(num_bytes: int) -> None:
+def test_a_payload_and_its_checksum(write: Writing, find: Finding, num_bytes: int) -> None:
+    """Both ways to write them and both to look at them come to the same."""
     draw = torch.Generator().manual_seed(num_bytes)
     payloads = torch.randint(0, 256, (3, num_bytes + CHECKSUM_BYTES), dtype=torch.uint8, generator=draw)
-    write_checksums(payloads.view(-1), [num_bytes + CHECKSUM_BYTES] * 3)
+    write(payloads.view(-1), [num_bytes + CHECKSUM_BYTES] * 3)
     assert torch.equal(payloads[:, num_bytes:], checksums(payloads[:, :num_bytes]))
-    assert not damaged_numbers(payloads, [num_bytes + CHECKSUM_BYTES])
+    assert not find(payloads, [num_bytes + CHECKSUM_BYTES], range(0)).any()
     payloads[1, num_bytes // 2] ^= 4
-    assert damaged_numbers(payloads, [num_bytes + CHECKSUM_BYTES]) == [1]
-    assert find_damaged(payloads, [num_bytes + CHECKSUM_BYTES]).tolist() == [[False], [True], [False]]
+    assert find(payloads, [num_bytes + CHECKSUM_BYTES], range(0)).tolist() == [[False], [True], [False]]
 
 
+@every_writing
+@every_finding
 @pytest.mark.parametrize(("own", "expected"), [(range(0), [0, 10]), (range(2), [10]), (range(8, 12), [0])])
-def test_payloads_of_several_sizes_in_a_row(own: range, expected: list[int]) -> None:
+def test_payloads_of_several_sizes_in_a_row(write: Writing, find: Finding, own: range, expected: list[int]) -> None:
     """What never left this rank is not looked at."""
     sizes = [5, 70, 4, 33]
     rows = torch.randint(0, 256, (3, sum(sizes)), dtype=torch.uint8)
     for row in rows:
-        write_checksums(row, sizes)
-    assert not find_damaged(rows, sizes, own).any()
-    assert not damaged_numbers(rows, sizes, own)
+        write(row, sizes)
+    assert not find(rows, sizes, own).any()
     rows[0, 3] ^= 1  # of the first payload
     rows[2, 75] ^= 128  # the checksum of the third, which has nothing else
-    assert damaged_numbers(rows, sizes, own) == expected
-    assert find_damaged(rows, sizes, own).flatten().nonzero().flatten().tolist() == expected
+    assert find(rows, sizes, own).flatten().nonzero().flatten().tolist() == expected

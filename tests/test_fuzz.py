@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distsign import exchange
+from distsign import inspection
 from distsign.exchange import VoteExchange
 from distsign.kernels import Kernels, SparseCode, cpu, jit_sparse, reference
 from distsign.layout import Layout, Shape
@@ -205,8 +205,8 @@ def take_any_header(data: bytes, expected: Header, *, sender: int, receiver: int
     return expected
 
 
-def see_no_damage(rows: Tensor, sizes: Sequence[int], own: range) -> list[int]:
-    return []
+def see_no_damage(rows: Tensor, sizes: Sequence[int], own: range) -> Tensor:
+    return torch.zeros(rows.shape[0], len(sizes), dtype=torch.bool)
 
 
 def take_any_body(body: Tensor, code: SparseCode, num_bytes: int, out: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def count_with_another_margin(payloads: Tensor, body_at: int, num_bytes: int, ma
     ("place", "name", "defect"),
     [
         (Header, "expect", take_any_header),
-        (exchange, "damaged_numbers", see_no_damage),
+        (inspection, "find_damaged", see_no_damage),
         (cpu, "decode_sparse", take_any_body),
         (cpu, "tally", count_with_another_margin),
     ],

@@ -158,9 +158,9 @@ def fail_after_telling(rank: int, world_size: int, culprit: int, timeout_s: floa
             time.sleep(2 * timeout_s if rank == culprit else 0.0)
             return step, str(error)
         if rank == culprit and step == 0:
-            exchange = state._pipeline.exchange
-            assert exchange is not None
-            exchange.tell = partial(_tell_and_fail, exchange.tell)  # type: ignore[method-assign]
+            assert state._pipeline.exchange is not None
+            inspection = state._pipeline.exchange.inspection
+            inspection.tell = partial(_tell_and_fail, inspection.tell)  # type: ignore[method-assign]
     raise AssertionError("nobody noticed")
 
 
