@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import codec, cuda, scaling, simulator, step
+from benchmarks import codec, cuda, scaling, simulator_report, simulator_settings, step
 from benchmarks.common import Column, Contender, Report, format_table, interleaved, ratio, summary
 from benchmarks.ranks import slowest
 from benchmarks.step_schemes import FP32, NO_OP, SCHEMES
@@ -137,16 +137,16 @@ def test_the_simulator_is_held_to_the_fastest_measured() -> None:
         {"setting": "s", "name": "planes", "predicted_ms": 11.0, "ms": 8.8, "error": 0.25},
         {"setting": "s", "name": "bf16", "predicted_ms": 12.0, "ms": 7.5, "error": -0.2},
     ]
-    choice = simulator.choice_of(rows)
+    choice = simulator_report.choice_of(rows)
     assert (choice["predicted"], choice["measured"]) == ("fp32", "bf16")
     assert choice["behind"] == pytest.approx(8.0 / 7.5 - 1)
-    assert simulator.mean_error(rows) == pytest.approx(0.25)
+    assert simulator_report.mean_error(rows) == pytest.approx(0.25)
 
 
 def test_how_far_two_runs_are_from_each_other() -> None:
     now = {"a": {"no-op hook": 10.0, "fp32 DDP": 20.0, "planes": 12.0}, "b": {"no-op hook": 10.0, "fp32 DDP": 1.0}}
     then = {"a": {"no-op hook": 20.0, "fp32 DDP": 40.0, "planes": 24.0}, "c": {"no-op hook": 10.0, "fp32 DDP": 1.0}}
-    count, difference, beside = simulator.differences(now, then)
+    count, difference, beside = simulator_report.differences(now, then)
     assert count == 2
     assert difference == pytest.approx(1.0)
     assert beside == pytest.approx(0.0)  # all of it was forward and backward
@@ -154,16 +154,16 @@ def test_how_far_two_runs_are_from_each_other() -> None:
 
 def test_how_far_some_steps_are_off() -> None:
     rows = [{"error": 0.25, "quick_error": 1.0}, {"error": 0.0, "quick_error": -0.5}]
-    found = simulator.summary_of("all", rows)
+    found = simulator_report.summary_of("all", rows)
     assert found["error"] == pytest.approx(math.sqrt(1.25) - 1)
     assert (found["error_bias"], found["error_large"], found["quick_error_bias"]) == (0.125, 1, 0.25)
     assert found["quick_error"] == pytest.approx(1.0)
 
 
 def test_the_simulator_holds_settings_out_by_its_rule() -> None:
-    assert len({setting.key for setting in simulator.SETTINGS}) == len(simulator.SETTINGS) >= 24
-    assert all(setting.rate not in simulator.CALIBRATED_RATES for setting in simulator.SETTINGS)
-    assert {setting.num_ranks for setting in simulator.SETTINGS} >= {2, 3, 4, 6, 8}
+    assert len({setting.key for setting in simulator_settings.SETTINGS}) == len(simulator_settings.SETTINGS) >= 24
+    assert all(setting.rate not in simulator_settings.CALIBRATED_RATES for setting in simulator_settings.SETTINGS)
+    assert {setting.num_ranks for setting in simulator_settings.SETTINGS} >= {2, 3, 4, 6, 8}
 
 
 def test_cuda_says_why_it_measures_nothing(
