@@ -19,6 +19,14 @@ __all__ = ["draw_bytes", "draw_times", "draw_training"]
 
 COLOURS = ("#3b6ea8", "#d1495b", "#2e8b57", "#8d6a9f", "#c98a1b", "#4a4a4a", "#17a2b8", "#a0522d", "#e377c2", "#7f9c3b")
 MARKERS = "osD^vPX<>*"
+_LABELLED = (
+    (1.0,),
+    (1.0, 2.0, 5.0),
+    (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0),
+    tuple(k / 2 for k in range(2, 20)),
+    tuple(k / 10 for k in range(10, 100)),
+)
+"""What may be labelled within a decade, from few to many."""
 
 
 def draw_bytes(rows: Sequence[Row]) -> str | None:
@@ -45,7 +53,7 @@ def draw_bytes(rows: Sequence[Row]) -> str | None:
     front = sorted((row.total_bytes / 1e6, _shown(row, [row.value.mean])[0]) for row in drawn if row.is_on_front)
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), color="#888888", linewidth=1, linestyle="--", zorder=0, label="front")
-    axes.set_xscale("log")
+    _log_x(axes)
     axes.set_xlabel("MB sent and received by a rank (log scale)")
     _finish(axes, drawn, "against bytes on the link")
     return _svg(figure)
@@ -74,19 +82,24 @@ def draw_times(rows: Sequence[Row], bandwidths: Mapping[str, float]) -> str | No
             xs = [seconds * step / row.num_steps for step in row.curve.steps]
             axes.plot(xs, _shown(row, row.curve.metric), color=colour, linewidth=1, alpha=0.5)
             _point(axes, row, seconds, colour, marker)
-        axes.set_xscale("log")
+        _log_x(axes)
         axes.set_xlabel(f"seconds at {format_bandwidth(bandwidth)}")
         _finish(axes, drawn, "", legend=axes is all_axes[-1])
         axes.set_ylabel(metric_name(rows[0].metric) if axes is all_axes[0] else "")
     return _svg(figure)
 
 
-def draw_training(rows: Sequence[Row]) -> str:
+def draw_training(rows: Sequence[Row]) -> str | None:
     """Draw training loss against steps and the metric against epochs.
 
     Args:
         rows: of one task and setting.
+
+    Returns:
+        The SVG; None where all were tested once, at their end.
     """
+    if all(len(row.curve.steps) < 2 for row in rows):
+        return None
     figure = _figure(11, 4.4)
     left, right = figure.subplots(1, 2)
     for row in rows:
@@ -115,7 +128,24 @@ def _figure(width: float, height: float) -> Figure:
 
 def _style(rows: Sequence[Row], row: Row) -> tuple[str, str]:
     index = [each.scheme for each in rows].index(row.scheme)
-    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    # Beyond the last colour the same begin again, with other markers.
+    return COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
+
+
+def _log_x(axes: Axes) -> None:
+    """Make the x axis logarithmic; its labels are plain numbers, few enough not to run into each other."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    for within in _LABELLED:
+        if sum(low <= each * 10**k <= high for k in decades for each in within) >= 2:
+            break
+    axes.xaxis.set_major_locator(LogLocator(subs=within))
+    plain = FuncFormatter(lambda value, _: f"{value:,.10g}")
+    axes.xaxis.set_major_formatter(plain if high < 1e6 else EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _shown(row: Row, values: Sequence[float]) -> list[float]:

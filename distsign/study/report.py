@@ -46,6 +46,10 @@ def describe(study: Study, summary: Summary) -> str:
     parts = []
     for name, rows in summary.groups().items():
         parts.append(f"{name}, {rows[0].num_steps:,} steps\n\n{format_table(table_of(study, rows))}")
+    if study.bandwidths:
+        parts.append(
+            "times on links: of the whole run, each step as it was measured here and its bytes on the link after it"
+        )
     parts += [f"note: {note}" for note in summary.notes]
     return "\n\n".join(parts)
 

@@ -296,10 +296,14 @@ def _notes(results: Sequence[tuple[Cell, Result]]) -> list[str]:
     ]
     notes += [f"{task}: {each}" for task, all_of in sources.items() for each in all_of if STANDS_IN in each]
     if len({result.start.get("machine") for _, result in results}) > 1:
-        notes.append("results are from several machines: times are not comparable")
+        notes.append("results are from several machines, or numbers of cores: times are not comparable")
     jobs = max((result.jobs for _, result in results), default=1)
     if jobs > 1:
         notes.append(f"up to {jobs} cells ran side by side: times are longer than on a quiet machine")
+    if results and all(len(result.tests) < 2 for _, result in results):
+        notes.append(
+            "runs were tested once, at their end, so that nothing shows the way there: eval-every in the study"
+        )
     if any(not math.isfinite(result.end[result.start["metric"]]) for _, result in results):
         notes.append("some results are not finite numbers: their runs have diverged")
     return notes
