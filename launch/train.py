@@ -19,7 +19,7 @@ import statistics
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +29,7 @@ if __package__ in (None, ""):
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -42,6 +42,7 @@ from launch.data import DataError
 from launch.hooks import Combiner, SignVote, Traffic, bucket_cap_mb, register_hook
 from launch.metrics import MetricsFile, describe_machine
 from launch.options import TrainOptions, UsageError, as_typed, exit_with, parse_options
+from launch.run_state import Progress, RunState
 from launch.runtime import RankLostError, Ranks, agree, choose_device, start, watch
 from launch.schemes import make_optimizer
 from launch.tasks import TASKS, Shard, Task
@@ -54,23 +55,6 @@ NUM_SILENT_STEPS = 50
 COMPILED_WITHIN_S = 2.0
 """Loading kernels that are compiled already takes less."""
 TRAFFIC_OF = "mean over the ranks, from the first step on"
-
-
-@dataclass
-class Progress:
-    """How far this rank is; a checkpoint holds all but the times.
-
-    Attributes:
-        step: number of steps done.
-        loss_sum: of this rank's losses since the last test, float64 scalar on the device.
-        num_losses: how many those are.
-        step_times_s: of this process, without its first steps.
-    """
-
-    step: int
-    loss_sum: Tensor
-    num_losses: int = 0
-    step_times_s: list[float] = field(default_factory=list)
 
 
 class Trainer:
@@ -111,6 +95,7 @@ class Trainer:
         self._has_warned = False
         self._doing = "starting"
         self.progress = Progress(0, torch.zeros((), dtype=torch.float64, device=device))
+        self._state = RunState(self.net, self.optimizer, self.combiner, self.progress, ranks, device)
 
     def run(self) -> None:
         """Train to the last step, and write what was measured.
@@ -289,21 +274,8 @@ class Trainer:
         self._doing = "writing a checkpoint"
         if self.replicas is not None:
             self.replicas.check()  # only rank 0's parameters are kept
-        progress = self.progress
-        shared = {
-            "options": self._trajectory(),
-            "step": progress.step,
-            "model": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        own = {
-            "hook": self.combiner.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "loss_sum": progress.loss_sum.item(),
-            "num_losses": progress.num_losses,
-        }
-        checkpoint.save(self.options.checkpoint, shared, own, self.ranks)
+        shared, own = self._state.snapshot()
+        checkpoint.save(self.options.checkpoint, {"options": self._trajectory(), **shared}, own, self.ranks)
 
     def _resume(self) -> None:
         options = self.options
@@ -315,43 +287,7 @@ class Trainer:
             return
         if found.warning:
             self._note(f"warning: {found.warning}")
-        try:
-            self._take_over(found)
-        except UsageError:
-            raise
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
-            # The options are the same, so the code was another: the model's layers, or what a hook keeps.
-            raise UsageError(
-                f"--checkpoint {found.path} does not fit this model: {' '.join(str(error).split())}; go on with the "
-                "code that wrote it, or take another --checkpoint"
-            ) from error
-
-    def _take_over(self, found: checkpoint.Checkpoint) -> None:
-        shared, own = found.shared, found.own or self._inherited(found.ranks)
-        self.net.load_state_dict(shared["model"])
-        self.optimizer.load_state_dict(shared["optimizer"])
-        self.combiner.load_state_dict(own["hook"])
-        torch.set_rng_state(own["rng"])
-        if own["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(own["cuda_rng"], self.device)
-        self.progress.step = shared["step"]
-        self.progress.loss_sum.fill_(own["loss_sum"])
-        self.progress.num_losses = own["num_losses"]
-
-    def _inherited(self, owns: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return what this rank takes over from another number of ranks."""
-        rank, world_size = self.ranks.rank, self.ranks.world_size
-        try:
-            hook = self.combiner.reshard([own["hook"] for own in owns], world_size)[rank]
-        except ValueError as error:
-            raise UsageError(f"what --hook {self.options.hook} keeps cannot be cut anew: {error}") from error
-        heirs = owns[rank::world_size]
-        return {
-            **owns[rank % len(owns)],
-            "hook": hook,
-            "loss_sum": sum(own["loss_sum"] for own in heirs),
-            "num_losses": sum(own["num_losses"] for own in heirs),
-        }
+        self._state.restore(found, options.hook)
 
 
 def main(argv: list[str] | None = None) -> None:
