@@ -52,11 +52,12 @@ WARM_UP = 4
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Run on each rank: return the time of forward and backward alone, and of whole steps by scheme.
 
-    Each scheme has the memory for itself, as in a user's run. All are timed twice, the second time in reverse order,
-    with forward and backward before, between and after: what the machine does from minute to minute should not look
-    like an error of one scheme.
+    Each scheme has the memory for itself, as in a user's run. All are timed twice, as many steps in either turn, the
+    second time in reverse order, with forward and backward before, between and after: what the machine does from minute
+    to minute should not look like an error of one scheme.
     """
     found: dict[str, list[float]] = {}
+    counts: dict[str, int] = {}
     schemes = settings["schemes"]
     for name in (NO_OP, *schemes, NO_OP, *reversed(schemes), NO_OP):
         trainer = Trainer(scheme(name), WORKLOADS[settings["workload"]]())
@@ -64,7 +65,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         for _ in range(WARM_UP):  # makes groups, lets DDP rebuild its buckets, and finds the memory that steps need
             run()
         each_s = ranks.largest(ranks.timed_together(run)) / 1e3
-        count = min(max(int(settings["seconds"] / 2 / each_s), settings["least"]), settings["most"])
+        least, most = settings["least"], settings["most"]
+        count = counts.setdefault(name, min(max(int(settings["seconds"] / 2 / each_s), least), most))
         times = found.setdefault(name, [])
         times += [ranks.timed_together(run) for _ in range(count)]
         ranks.say(f"{name}, {count} steps, {median(times[-count:]):.1f} ms")
@@ -75,9 +77,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def calibrated(settings: dict[str, Any]) -> float:
-    """Run on each rank: calibrate, and let rank 0 write the profile; return how many seconds it took."""
-    begin = time.perf_counter()
+def calibrated(settings: dict[str, Any]) -> bool:
+    """Run on each rank: calibrate, and let rank 0 write the profile."""
     profile = calibrate(
         nominal_bytes_per_s=parse_bandwidth(settings["rate"]),
         ranks_per_node=settings["ranks_per_node"],
@@ -86,7 +87,7 @@ def calibrated(settings: dict[str, Any]) -> float:
     )
     if profile is not None:
         profile.save(settings["path"])
-    return time.perf_counter() - begin
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------- on the outside
@@ -97,7 +98,7 @@ def _calibrate_for(setting: Setting, results: Results, seconds: float) -> None:
     if path.exists():
         return
     print(f"  calibrating on {num_ranks} ranks, {setting.ranks_per_node} a node, {rate}", file=sys.stderr, flush=True)
-    seconds_of_ranks = ranks.run_on_ranks(
+    ranks.run_on_ranks(
         "benchmarks.simulator:calibrated",
         {"rate": rate, "ranks_per_node": setting.ranks_per_node, "seconds": seconds, "path": str(path.resolve())},
         num_ranks=num_ranks,
@@ -105,7 +106,6 @@ def _calibrate_for(setting: Setting, results: Results, seconds: float) -> None:
         ranks_per_node=setting.ranks_per_node,
         deadline_s=240 + 10 * seconds,
     )
-    results.add_profile(setting, max(seconds_of_ranks))
 
 
 def _measure_setting(setting: Setting, results: Results, options: argparse.Namespace) -> None:
@@ -128,7 +128,7 @@ def _measure_all(options: argparse.Namespace) -> None:
     settings = QUICK if options.quick else SETTINGS
     results = Results(Path(options.out, "quick") if options.quick else Path(options.out))  # of fewer steps: apart
     end = time.monotonic() + 60 * options.minutes
-    left = [setting for setting in settings if setting.key not in results.measured]
+    left = [setting for setting in settings if not results.is_complete(setting)]
     # Machines are not the same half an hour later: a profile is measured against right after it was made.
     left.sort(key=lambda setting: results.profile_path(setting).name)
     for setting in [] if options.report else left:

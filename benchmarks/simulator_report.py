@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import geometric_mean
 
 from benchmarks.common import Column, Report, Row
-from benchmarks.simulator_settings import HIERARCHICAL, SIMULATED, Results, Setting, predict, schemes_of
+from benchmarks.simulator_settings import HIERARCHICAL, SIMULATED, Results, Setting, load_profile, predict, schemes_of
 from benchmarks.step_schemes import BF16, FP32, NO_OP
 
 LARGEST_ERROR, NEAR_ENOUGH, CORES_MATTER = 0.20, 0.03, 0.05
@@ -38,7 +39,7 @@ CHOICES = (
     Column("measured", "measured fastest"),
     Column("behind", "behind it by", ".1%"),
 )
-CALIBRATIONS = (Column("profile", "calibrated: link, ranks, per node"), Column("seconds", "seconds", ".0f"))
+CALIBRATIONS = (Column("profile", "profile"), Column("seconds", "seconds", ".0f"))
 
 
 def rows_of(setting: Setting, results: Results) -> list[Row]:
@@ -115,8 +116,12 @@ def write_report(options: argparse.Namespace, settings: Sequence[Setting], resul
         results: what has been measured of them.
     """
     report = Report("simulator", options)
-    done = [rows_of(setting, results) for setting in settings if setting.key in results.measured]
+    complete = [setting for setting in settings if results.is_complete(setting)]
+    done = [rows_of(setting, results) for setting in complete]
     rows = [row for each in done for row in each]
+    without = sum(setting.key in results.measured for setting in settings) - len(complete)
+    if without:
+        print(f"{without} settings were measured and have no profile here: a run without --report measures them again")
     if not rows:
         print("nothing measured yet")
         return
@@ -134,10 +139,15 @@ def write_report(options: argparse.Namespace, settings: Sequence[Setting], resul
         f"{sum(abs(row['error']) > LARGEST_ERROR for row in rows)} above {LARGEST_ERROR:.0%}; choice right, or within "
         f"{NEAR_ENOUGH:.0%}, in {right} of {len(choices)} settings; fp32 or bf16 was the fastest in {uncompressed}"
     )
+    commits = Counter(str(results.commits[setting.key]) for setting in complete)
+    if len(commits) > 1:
+        note += "; measured by several commits: " + ", ".join(f"{name}, {count}" for name, count in commits.items())
     report.table("The choice", CHOICES, choices, note)
     _report_parts(report, options, settings, results, rows)
-    calibrations = [{"profile": name, "seconds": seconds} for name, seconds in results.calibrated.items()]
-    report.table("How long calibrating took", CALIBRATIONS, calibrations)
+    profiles = {path.name: load_profile(path).facts for path in map(results.profile_path, complete)}
+    took = [{"profile": name, "seconds": facts["seconds"]} for name, facts in profiles.items() if "seconds" in facts]
+    if took:
+        report.table("How long calibrating took, starting the ranks apart", CALIBRATIONS, took)
     report.write()
 
 

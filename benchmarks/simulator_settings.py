@@ -1,6 +1,6 @@
 """What `benchmarks.simulator` measures and predicts: settings, the models and schemes in them, and what was found.
 
-The rule by which settings are held out is in `SETTINGS` and `CALIBRATED_RATES`: no rate is in both.
+The rule by which settings are held out: no rate is in both `SETTINGS` and `CALIBRATED_RATES`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from launch.metrics import read_lines
 
 CALIBRATED_RATES, CALIBRATED_RANKS = ("300mbit", "1500mbit", "7gbit"), (2, 4, 8)
 """A profile is that of the user's links: what a byte costs the processor depends on how fast they come."""
-MEASURED, CALIBRATED = "simulator-measured.jsonl", "simulator-calibrated.jsonl"
+MEASURED = "simulator-measured.jsonl"
 
 SIMULATED = {
     FP32: "fp32",
@@ -86,35 +86,38 @@ QUICK = (Setting(2, "10gbit", "lenet x 4"), Setting(4, "10gbit", "lenet x 4", ra
 
 
 class Results:
-    """What has been measured so far, a JSON line a setting, with its commit; the profiles, and how long each took.
+    """What has been measured so far: a JSON line a setting, with its commit; and the profiles.
 
     Args:
         folder: of all; it is made where it is missing.
+
+    Attributes:
+        measured: milliseconds of a step, by setting and scheme.
+        commits: by which each setting was measured.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.measured: dict[str, dict[str, float]] = {line["key"]: line["ms"] for line in read_lines(folder / MEASURED)}
-        self.calibrated: dict[str, float] = {line["key"]: line["s"] for line in read_lines(folder / CALIBRATED)}
+        lines = read_lines(folder / MEASURED)
+        self.measured: dict[str, dict[str, float]] = {line["key"]: line["ms"] for line in lines}
+        self.commits: dict[str, str | None] = {line["key"]: line["commit"] for line in lines}
 
     def add(self, key: str, ms: dict[str, float]) -> None:
         """Keep one setting's times, by scheme."""
-        self.measured[key] = ms
-        self._append(MEASURED, {"key": key, "commit": checked_out_commit(), "ms": ms})
-
-    def add_profile(self, setting: Setting, seconds: float) -> None:
-        """Keep how long the profile of a setting took."""
-        self.calibrated[profile_name(setting)] = seconds
-        self._append(CALIBRATED, {"key": profile_name(setting), "commit": checked_out_commit(), "s": seconds})
-
-    def _append(self, name: str, line: dict[str, object]) -> None:
-        with (self.folder / name).open("a") as file:
+        line = {"key": key, "commit": checked_out_commit(), "ms": ms}
+        self.measured[key], self.commits[key] = ms, checked_out_commit()
+        with (self.folder / MEASURED).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def profile_path(self, setting: Setting) -> Path:
         """Return the file of the profile that a setting takes."""
-        return self.folder / f"simulator-profile-{profile_name(setting)}.json"
+        name = f"{calibrated_rate(setting)}-{calibrated_ranks(setting)}-{setting.ranks_per_node}"
+        return self.folder / f"simulator-profile-{name}.json"
+
+    def is_complete(self, setting: Setting) -> bool:
+        """Return whether a setting has been measured, and has its profile."""
+        return setting.key in self.measured and self.profile_path(setting).is_file()
 
 
 def calibrated_ranks(setting: Setting) -> int:
@@ -126,11 +129,6 @@ def calibrated_rate(setting: Setting) -> str:
     """Return the link of the profile that a setting takes: the nearest in logarithms."""
     rate = math.log(parse_bandwidth(setting.rate))
     return min(CALIBRATED_RATES, key=lambda each: abs(math.log(parse_bandwidth(each)) - rate))
-
-
-def profile_name(setting: Setting) -> str:
-    """Return the name of the profile that a setting takes."""
-    return f"{calibrated_rate(setting)}-{calibrated_ranks(setting)}-{setting.ranks_per_node}"
 
 
 def schemes_of(setting: Setting) -> dict[str, str]:
@@ -149,7 +147,7 @@ def predict(
     whole_steps: bool = True,
 ) -> float:
     """Return the predicted milliseconds of a step; on request as if no whole steps had been calibrated."""
-    profile = _profile(results.profile_path(setting))
+    profile = load_profile(results.profile_path(setting))
     if not whole_steps:
         profile = replace(profile, in_step={})
     if cores is not None:
@@ -164,7 +162,8 @@ def predict(
 
 
 @cache
-def _profile(path: Path) -> Profile:
+def load_profile(path: Path) -> Profile:
+    """Return the profile in a file, read once."""
     return Profile.load(path)
 
 

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"distsign: {error}\n")
         return 2
     except KeyboardInterrupt:
+        sys.stderr.write("distsign: interrupted\n")
         return 130
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -122,7 +123,10 @@ def _simulate(options: argparse.Namespace) -> int:
     write = sys.stdout.write
     link = f"{format_bandwidth(cluster.link.bandwidth_bytes_per_s)}, {format_seconds(cluster.link.latency_s)}"
     write(f"{model.name}, {model.num_elements:,} parameters, compute {format_seconds(compute_s)}\n")
-    write(f"{cluster.num_workers} workers, {cluster.workers_per_node} a node, links of {link}\n")
+    within = (
+        f", within a node {format_bandwidth(cluster.node_link.bandwidth_bytes_per_s)}" if options.per_node > 1 else ""
+    )
+    write(f"{cluster.num_workers} workers, {cluster.workers_per_node} a node, links of {link}{within}\n")
     if not options.profile:
         write("no profile: only the wire takes time, kernels and calls are free (distsign calibrate measures them)\n")
     if compute_s == 0:
@@ -181,8 +185,11 @@ def _compute_s(options: argparse.Namespace) -> float:
         return float(options.compute or 0.0)
     if options.compute is not None:
         raise ValueError("--compute and --throughput say the same: give one of them")
-    if not options.throughput > 0 or not options.batch_size or options.batch_size < 1:
-        raise ValueError("--throughput is samples per second, above zero, and needs --batch-size, at least 1")
+    if options.batch_size is None:
+        raise ValueError("--throughput is samples per second: it needs --batch-size, the samples of a step")
+    if not options.throughput > 0 or options.batch_size < 1:
+        given = f"--throughput {options.throughput:g} --batch-size {options.batch_size}"
+        raise ValueError(f"--throughput must be above zero and --batch-size at least 1, got {given}")
     return float(options.batch_size / options.throughput)
 
 
@@ -221,7 +228,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         sys.stdout.write(f"written to {options.profile}\n")
         if options.link is not None and not profile.facts["link_is_the_limit"]:
             sys.stdout.write(
-                "the link named was not measured: it is not what held these ranks up (ranks of one machine use none). "
-                "Its bandwidth stands in the profile as named\n"
+                "these ranks did not come near the bandwidth named, or are of one machine and use no link: it was not "
+                "measured, and the profile has it as named\n"
             )
     return 0

@@ -75,7 +75,7 @@ def write_checksums(payloads: Tensor, sizes: Sequence[int]) -> None:
         data[end - CHECKSUM_BYTES : end] = _checksum(data[start : end - CHECKSUM_BYTES])
 
 
-def find_damaged(rows: Tensor, sizes: Sequence[int], own: range = range(0)) -> Tensor:
+def find_damaged(rows: Tensor, sizes: Sequence[int], own: range) -> Tensor:
     """Return which payloads are not as `write_checksums` left them, bool `[num_rows, len(sizes)]`.
 
     Args:

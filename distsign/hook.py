@@ -33,6 +33,9 @@ __all__ = ["SignVoteState", "VoteError", "sign_vote_hook"]
 _STATE_FORMAT = 3
 _log = logging.getLogger(__name__)
 
+NUM_STEPS_TO_ASK_IN = 20
+"""Within which an optimizer must have asked for its rate's factor: a `GradScaler` may leave out 17 at first."""
+
 
 class SignVoteState:
     """Options and memory of `sign_vote_hook`: one a model, registered with it.
@@ -142,6 +145,7 @@ class SignVoteState:
         self._counted_before = ExchangeBytes()
         self._pipeline = VotePipeline(self._options, self._registry, self._counts)
         self._device: torch.device | None = None
+        self._lr_is_scaled = not self._pipeline.memory.steering.scales_lr  # or somebody has asked for the factor
 
     # ------------------------------------------------------------------------------------------------- what users call
 
@@ -179,6 +183,7 @@ class SignVoteState:
             VoteError: if the hook has not run although there are several ranks: their gradients were never exchanged.
         """
         self._pipeline.raise_if_broken()
+        self._lr_is_scaled = True
         if self._counts.num_steps == 0:
             if world_size_of(self.process_group) > 1:
                 raise VoteError(
@@ -193,9 +198,8 @@ class SignVoteState:
     def traffic(self) -> Traffic:
         """Return bytes and densities of this rank so far. On CUDA this waits for the device."""
         self._pipeline.raise_if_broken()
-        exchange = self._pipeline.exchange
-        if exchange is not None:
-            exchange.inspection.raise_if_mismatched(exchange.describe())
+        if self._pipeline.exchange is not None:
+            self._pipeline.exchange.inspection.raise_if_mismatched()
         left_out = self._pipeline.memory.admission.numbers()
         return self._counts.traffic(self._counted(), world_size_of(self.process_group), left_out)
 
@@ -280,7 +284,20 @@ class SignVoteState:
         self._check_bucket(bucket)
         if not self._pipeline.started:
             self._start(bucket)
+        if not self._lr_is_scaled and self._pipeline.num_local_steps >= NUM_STEPS_TO_ASK_IN:
+            self._warn_of_lr()
         return self._pipeline.on_bucket(bucket, self._scale(bucket.buffer().device))
+
+    def _warn_of_lr(self) -> None:
+        self._lr_is_scaled = True  # said once
+        if rank_in(self.process_group) == 0:
+            _log.warning(
+                "%r warms up and wants smaller learning rates meanwhile, but after %d steps nobody has asked for the "
+                "factor: give one of distsign's optimizers vote_state=state, or multiply the rate of another by "
+                "state.lr_scale(parameter) before each step",
+                self._options.confidence,
+                self._pipeline.num_local_steps,
+            )
 
     def _check_bucket(self, bucket: GradBucket) -> None:
         gradient = bucket.buffer()

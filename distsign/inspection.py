@@ -21,24 +21,27 @@ class Inspection:
 
     A rank calls, in each step, `check` and `require` as payloads come, `tell` after the last of them, and `agree`.
 
-    On the CPU what cannot be read is an error at once. On CUDA, where that would wait for the device, it poisons the
-    step and `raise_if_mismatched` reports it later.
+    On the CPU what cannot be read is an error at once, and damage one in `agree`. On CUDA, where that would wait for
+    the device, both poison the step, and `raise_if_mismatched` reports them later.
 
     Args:
+        ranks: link among all ranks.
         voters: link among those whose ballots meet.
         node: link among the ranks of this node; of this rank alone for a vote of all.
-        admission: it notes who has sent poison.
+        admission: it knows who has sent poison to this rank, and is told who has to any.
         checksum: whether payloads end with one.
         tells_poison: whether ranks tell each other who has sent poison.
     """
 
-    def __init__(self, voters: Link, node: Link, admission: Admission, *, checksum: bool, tells_poison: bool) -> None:
-        self._voters, self._node, self._admission = voters, node, admission
+    def __init__(
+        self, ranks: Link, voters: Link, node: Link, admission: Admission, *, checksum: bool, tells_poison: bool
+    ) -> None:
+        self._ranks, self._voters, self._node, self._admission = ranks, voters, node, admission
         self._checksum, self._tells_poison = checksum, tells_poison
         # Of this step: 1 + the rank that wrote a payload which came here damaged, or 0.
         self._damage = torch.zeros((), dtype=torch.int64)
         self._word: Callable[[], Tensor] | None = None  # of all voters on this step, on its way
-        self._mismatch: Tensor | None = None  # on CUDA: whether anything could not be read so far
+        self._mismatch: Tensor | None = None  # on CUDA: whether anything was amiss so far
 
     # ---------------------------------------------------------------------------------------------- as payloads come
 
@@ -83,7 +86,7 @@ class Inspection:
         """Demand that bodies could be read; return whether the step is poisoned, bool scalar tensor.
 
         Args:
-            ok: bool, one or `[num_payloads]`, whether the bodies are what a distsign writes.
+            ok: bool `[num_payloads]`, whether the bodies are what a distsign writes; on CUDA also one for all.
             poisoned: bool scalar tensor; the body of a poisoned payload is void.
             what: was in them, for the error.
 
@@ -102,9 +105,9 @@ class Inspection:
 
     def _note_damage(self, form: Form, damaged: Tensor, column: int) -> None:
         """Remember for `tell` a rank whose payload came damaged, bool `[num_rows, num_owners]` as of `check`."""
-        num_voters, in_node = self._voters.world_size, self._node.world_size
+        num_voters, ranks_per_node = self._voters.world_size, self._node.world_size
         writers = form.layout.table(
-            ("writers", column), lambda: [1 + k * in_node + column for k in range(num_voters)], damaged.device
+            ("writers", column), lambda: [1 + k * ranks_per_node + column for k in range(num_voters)], damaged.device
         )
         of_each = damaged * (writers if form.verdict else writers.unsqueeze(1))
         self._damage = torch.maximum(self._damage.to(damaged.device), of_each.max())
@@ -137,7 +140,8 @@ class Inspection:
         them alone, and tell; where every rank gets all ballots, none needs to believe it. One message says both.
 
         Returns:
-            bool scalar tensor on the device of the payloads, alike on all ranks: whether the step must be poisoned.
+            bool scalar tensor, with a checksum on the device of the payloads, alike on all ranks: whether the step
+            must be poisoned.
 
         Raises:
             PayloadError: on the CPU, on all ranks alike, if a payload came damaged; it names who wrote it and who got
@@ -190,18 +194,15 @@ class Inspection:
                 "look at the link between these ranks and at their memory"
             )
 
-    def raise_if_mismatched(self, receiver: str) -> None:
+    def raise_if_mismatched(self) -> None:
         """Raise what was found amiss on CUDA since. Waits for the device.
-
-        Args:
-            receiver: this rank in words.
 
         Raises:
             PayloadError: if any payload so far was not what this rank expected.
         """
         if self._mismatch is not None and bool(self._mismatch):
             raise PayloadError(
-                f"a payload that reached {receiver} had a header other than expected, or there was one whose "
-                "checksum did not match; that step was poisoned on all ranks. The ranks do not train the same model "
-                "with the same options, or a link or a memory is faulty"
+                f"a payload that reached {self._ranks.describe()} had a header other than expected, or there was one "
+                "whose checksum did not match; that step was poisoned on all ranks. The ranks do not train the same "
+                "model with the same options, or a link or a memory is faulty"
             )

@@ -35,6 +35,10 @@ class Steering:
     Args:
         confidence: the confidence function.
         budgeted: whether the payloads have a fixed size.
+
+    Attributes:
+        steered: whether thresholds are.
+        scales_lr: whether the factor on the learning rate is ever another than 1.
     """
 
     def __init__(self, confidence: Confidence, *, budgeted: bool) -> None:
@@ -42,6 +46,7 @@ class Steering:
         thresholds, rates = confidence.warm_up(budgeted=budgeted)
         self._thresholds = torch.tensor(thresholds, dtype=torch.float64)
         self._rates = torch.tensor(rates, dtype=torch.float64)
+        self.scales_lr = any(rate != 1.0 for rate in rates)
         self.clean_steps = torch.zeros((), dtype=torch.int64)
         self.factors = torch.zeros(0, dtype=torch.float64)
         self._warm = torch.ones((), dtype=torch.float64)

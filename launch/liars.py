@@ -85,8 +85,11 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        if options.steps < 1 or options.batch_size < 1 or not 0 <= options.liars < options.workers:
-            raise UsageError("--steps and --batch-size must be at least 1, --liars at least 0 and less than --workers")
+        for name in ("steps", "batch_size"):
+            if getattr(options, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+        if not 0 <= options.liars < options.workers:
+            raise UsageError(f"--liars must be 0 to {options.workers - 1}, some of --workers, got {options.liars}")
         if (options.attack == "none") != (options.liars == 0):
             raise UsageError(f"--attack {options.attack} and --liars {options.liars} do not fit: give both or neither")
         torch.manual_seed(options.seed)

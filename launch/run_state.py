@@ -46,6 +46,7 @@ class RunState:
 
     def __init__(
         self,
+        *,
         net: nn.Module,
         optimizer: Optimizer,
         combiner: Combiner,

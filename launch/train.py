@@ -95,7 +95,14 @@ class Trainer:
         self._has_warned = False
         self._doing = "starting"
         self.progress = Progress(0, torch.zeros((), dtype=torch.float64, device=device))
-        self._state = RunState(self.net, self.optimizer, self.combiner, self.progress, ranks, device)
+        self._state = RunState(
+            net=self.net,
+            optimizer=self.optimizer,
+            combiner=self.combiner,
+            progress=self.progress,
+            ranks=ranks,
+            device=device,
+        )
 
     def run(self) -> None:
         """Train to the last step, and write what was measured.
@@ -147,7 +154,7 @@ class Trainer:
         """Do at once what would else happen in the first step, where the bar would seem to hang."""
         if self.options.confidence is None:
             return
-        words = "compiling the kernels: once per machine, a minute or two"
+        words = "loading the kernels; the first time on a machine they are compiled, a minute or two"
         notice = threading.Timer(COMPILED_WITHIN_S, self._note, [words])
         notice.daemon = True
         notice.start()

@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"owner", "plan", "admission"},
     {"traffic"},
     {"collectives", "exchange_thread"},
-    {"statistics"},
+    {"statistics", "inspection"},
     {"exchange", "optim", "resharding"},
     {"options", "replicas"},
     {"planner", "vote_memory"},

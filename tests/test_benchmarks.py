@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,12 @@ import pytest
 from benchmarks import codec, cuda, scaling, simulator_report, simulator_settings, step
 from benchmarks.common import Column, Contender, Report, format_table, interleaved, ratio, summary
 from benchmarks.ranks import slowest
+from benchmarks.simulator_settings import Setting
 from benchmarks.step_schemes import FP32, NO_OP, SCHEMES
+from distsign.simulator.units import parse_bandwidth
 from tests.distributed.ranks import REPOSITORY
+
+PROFILE = REPOSITORY / "benchmarks" / "results" / "simulator" / "simulator-profile-300mbit-2-1.json"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -162,8 +167,47 @@ def test_how_far_some_steps_are_off() -> None:
 
 def test_the_simulator_holds_settings_out_by_its_rule() -> None:
     assert len({setting.key for setting in simulator_settings.SETTINGS}) == len(simulator_settings.SETTINGS) >= 24
-    assert all(setting.rate not in simulator_settings.CALIBRATED_RATES for setting in simulator_settings.SETTINGS)
+    calibrated = {parse_bandwidth(rate) for rate in simulator_settings.CALIBRATED_RATES}
+    assert calibrated.isdisjoint(parse_bandwidth(setting.rate) for setting in simulator_settings.SETTINGS)
     assert {setting.num_ranks for setting in simulator_settings.SETTINGS} >= {2, 3, 4, 6, 8}
+
+
+@pytest.mark.parametrize(
+    ("rate", "calibrated"),
+    [("50mbit", "300mbit"), ("500mbit", "300mbit"), ("2gbit", "1500mbit"), ("10gbit", "7gbit"), ("100gbit", "7gbit")],
+)
+def test_a_setting_takes_the_profile_of_the_nearest_link(rate: str, calibrated: str) -> None:
+    assert simulator_settings.calibrated_rate(Setting(2, rate, "lenet x 4")) == calibrated
+
+
+@pytest.mark.parametrize(("num_ranks", "calibrated"), [(2, 2), (3, 4), (4, 4), (6, 8), (8, 8)])
+def test_a_setting_takes_the_profile_of_enough_ranks(num_ranks: int, calibrated: int) -> None:
+    assert simulator_settings.calibrated_ranks(Setting(num_ranks, "2gbit", "lenet x 4")) == calibrated
+
+
+def test_the_report_leaves_out_what_has_no_profile_and_names_the_commits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [Setting(2, rate, "lenet x 4") for rate in ("200mbit", "500mbit", "10gbit")]
+    lines = [
+        {"key": each.key, "commit": commit, "ms": {NO_OP: 20.0, FP32: 50.0}}
+        for each, commit in zip(settings, ("abc", "def", "def"), strict=True)
+    ]
+    (tmp_path / simulator_settings.MEASURED).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = simulator_settings.Results(tmp_path)
+    shutil.copy(PROFILE, results.profile_path(settings[0]))  # it serves the second, too
+    assert [results.is_complete(each) for each in settings] == [True, True, False]
+    simulator_report.write_report(argparse.Namespace(out=str(tmp_path), quick=False, earlier=None), settings, results)
+    said = capsys.readouterr().out
+    assert "1 settings were measured and have no profile here" in said
+    assert "all 2 held out" in said and "measured by several commits: abc, 1, def, 1" in said
+    assert "How long calibrating took" not in said  # a profile of before that was kept
+
+
+def test_a_line_of_results_is_read_back(tmp_path: Path) -> None:
+    simulator_settings.Results(tmp_path).add("a setting", {FP32: 50.0})
+    again = simulator_settings.Results(tmp_path)
+    assert again.measured == {"a setting": {FP32: 50.0}} and list(again.commits) == ["a setting"]
 
 
 def test_cuda_says_why_it_measures_nothing(

@@ -1,14 +1,26 @@
-"""What the hook's state refuses before any rank is asked."""
+"""What the hook's state refuses before any rank is asked, and what it warns of."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from distsign import AdaptiveConfidence, FixedConfidence, RMSConfidence, SignVoteState, TargetDensity, sign_vote_hook
+from distsign import (
+    AdaptiveConfidence,
+    FixedConfidence,
+    RMSConfidence,
+    SignAdamPP,
+    SignVoteState,
+    TargetDensity,
+    hook,
+    sign_vote_hook,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,3 +87,28 @@ def test_loading_forgets_what_was_before() -> None:
     state._counts.num_steps = 9
     state.load_state_dict(saved)
     assert state.traffic().num_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("confidence", "asks", "expected"),
+    [(RMSConfidence(k=8), False, 1), (RMSConfidence(k=8), True, 0), (RMSConfidence(k=8, warmup_steps=0), False, 0)],
+)
+def test_a_warm_up_that_no_optimizer_knows_of_is_said_once(
+    confidence: RMSConfidence, asks: bool, expected: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net = nn.Linear(4, 2)
+        model = DistributedDataParallel(net)
+        state = SignVoteState(confidence=confidence)
+        model.register_comm_hook(state, sign_vote_hook)
+        optimizer = SignAdamPP(net.named_parameters(), lr=0.1, momentum=0.0, vote_state=state if asks else None)
+        with caplog.at_level(logging.WARNING, "distsign"):
+            for _ in range(hook.NUM_STEPS_TO_ASK_IN + 3):
+                model(torch.ones(3, 4)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert len([text for text in caplog.messages if "vote_state=state" in text]) == expected
+        state.close()
+    finally:
+        dist.destroy_process_group()

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from distsign.simulator.axes import log_scale
 from distsign.study import pictures
 from distsign.study.statistics import Interval
 from distsign.study.summary import Curve, Row
@@ -34,15 +35,15 @@ def test_as_many_schemes_as_a_study_may_have_look_different() -> None:
     assert len({pictures._style(rows, each) for each in rows}) == 40
 
 
-@pytest.mark.parametrize("low", [0.02, 22.0, 330.0, 8e4])
-@pytest.mark.parametrize("span", [1.2, 2.0, 4.0, 11.0, 40.0, 300.0, 5000.0])
+@pytest.mark.parametrize("low", [0.02, 22.0, 330.0, 8e4, 3e5, 9.5e5])
+@pytest.mark.parametrize("span", [1.005, 1.02, 1.05, 1.2, 2.0, 3.0, 4.0, 11.0, 40.0, 300.0, 5000.0])
 def test_labels_of_a_log_axis_can_be_read(low: float, span: float) -> None:
     """In the narrow pictures that stand side by side."""
     figure = Figure(figsize=(3.4, 4.4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot([low, low * span], [0, 1])
-    pictures._log_x(axes)
+    log_scale(axes, "x")
     canvas.draw()
     first, last = axes.get_xlim()
     labels = [each for each in axes.xaxis.get_ticklabels() if first <= each.get_position()[0] <= last]

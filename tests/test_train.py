@@ -120,7 +120,7 @@ def test_compiling_is_said_where_it_takes_long(
     trainer.options, trainer.ranks, trainer.device = parse_options(VOTE), Ranks(0, 1, 0, 1), torch.device("cpu")
     trainer._compile_kernels()
     time.sleep(0.2)
-    assert ("launch.train: compiling the kernels: once per machine" in capsys.readouterr().err) == said
+    assert ("launch.train: loading the kernels; the first time" in capsys.readouterr().err) == said
 
 
 def test_that_nobody_votes_is_said_once() -> None:

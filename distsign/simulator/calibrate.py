@@ -103,11 +103,15 @@ def calibrate(
     for what, count in (("node", per_node), ("machine", per_machine)):
         if not 1 <= count <= world_size or world_size % count:
             raise ValueError(f"{count} ranks per {what} do not divide the {world_size} ranks")
+    begin = time.monotonic()
     ranks = Ranks(per_node, per_machine)
     try:
-        return _calibrate(ranks, nominal_bytes_per_s, seconds, repeats, whole_steps and ranks.device.type == "cpu")
+        found = _calibrate(ranks, nominal_bytes_per_s, seconds, repeats, whole_steps and ranks.device.type == "cpu")
     finally:
         ranks.close()
+    if found is None:
+        return None
+    return replace(found, facts={**found.facts, "seconds": round(time.monotonic() - begin, 1)})
 
 
 def _calibrate(

@@ -126,7 +126,7 @@ class Profile:
             sizes, by growing elements; what is not named is as it is alone.
         node_bandwidth_bytes_per_s: between ranks of a node, for each of them; None where that was not measured.
         node_latency_s: likewise.
-        facts: where and on what it was measured.
+        facts: where and on what it was measured, and how many seconds that took, starting the ranks apart.
 
     Raises:
         ValueError: if a number is out of range or a cost is missing.

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from distsign.simulator.axes import log_scale
 from distsign.simulator.predict import Prediction, Step, break_even
 from distsign.simulator.profile import Profile
 from distsign.simulator.schemes import Scheme
@@ -93,17 +94,17 @@ class Comparison:
             gain = _gain(best, rival)
             if gain < WORTH_PERCENT:
                 return f"do not compress: {best.scheme} is faster than {rival.scheme} by {gain:.2g} % only"
-            return self._fastest(best, rival)
+            return self._fastest(best, rival, ", the faster of fp32 and bf16")
         if not compressed:
             runner_up = next((each for each in ranked if each is not best), best)
             return self._fastest(best, runner_up)
         why = _reason(best, compressed[0])
         return f"do not compress: {best.scheme} takes {format_seconds(best.step_s)} a step, {why}"
 
-    def _fastest(self, best: Prediction, rival: Prediction) -> str:
+    def _fastest(self, best: Prediction, rival: Prediction, what: str = "") -> str:
         # The less a step computes, the more the fastest scheme seems to gain.
         alone = "" if self.steps[0].compute_s else ", of the exchange alone: a step gains less (--compute)"
-        return f"fastest here: {best.scheme}, {_ahead(_gain(best, rival))} {rival.scheme}{alone}"
+        return f"fastest here: {best.scheme}, {_ahead(_gain(best, rival))} {rival.scheme}{what}{alone}"
 
     def write_json(self, path: str | Path, settings: Mapping[str, Any]) -> None:
         """Write settings, rows and advice."""
@@ -178,6 +179,7 @@ def draw(steps: Sequence[Step], path: str | Path) -> None:
     """
     require_drawable(path)
     from matplotlib.figure import Figure  # noqa: PLC0415  (not pyplot: no window system, no global state)
+    from matplotlib.ticker import FuncFormatter  # noqa: PLC0415
 
     cluster = steps[0].cluster
     here = cluster.link.bandwidth_bytes_per_s
@@ -193,19 +195,21 @@ def draw(steps: Sequence[Step], path: str | Path) -> None:
         times = [_at_workers(step, count) for count in workers]
         right.plot(workers, times, linestyle=dashes, marker="o", markersize=3, label=label)
     left.axvline(8 * centre / 1e9, color="#999999", linewidth=0.8)
-    left.set_xlabel("bandwidth of a node's link, Gbit/s (log scale)")
+    left.set_xlabel("bandwidth of a node's link, Gbit/s (log scale; the grey line: as asked)")
     right.set_xlabel("workers (log scale)")
     for axes in (left, right):
-        low, high = axes.dataLim.y0, axes.dataLim.y1
-        scale = "log" if low > 0 and high > 4 * low else "linear"  # a narrow log scale has no ticks to read
-        axes.set_xscale("log")
-        axes.set_yscale(scale)
+        log_scale(axes, "x")
+        scale = "log" if axes.dataLim.y0 > 0 else "linear"
+        if scale == "log":
+            log_scale(axes, "y")
         axes.set_ylabel(f"step, s ({scale} scale)")
         axes.grid(visible=True, color="#e4e4e4")
     right.set_xscale("log", base=2)
+    right.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
     left.legend(fontsize=8)
     costs = "the wire alone" if steps[0].profile == Profile.ideal() else "calibrated"
-    figure.suptitle(f"{steps[0].model.name}, {cluster.num_workers} workers, {format_bandwidth(here)}, {costs}")
+    where = f"{cluster.num_workers} workers, {format_bandwidth(here)}, {format_seconds(cluster.link.latency_s)}"
+    figure.suptitle(f"{steps[0].model.name}, compute {format_seconds(steps[0].compute_s)}, {where}, {costs}")
     figure.savefig(path)
 
 

@@ -51,6 +51,17 @@ def format_value(metric: str, interval: Interval) -> str:
     return mean if interval.half_width is None else f"{mean} ± {factor * interval.half_width:.{digits}f}"
 
 
+TIMES_ON_LINKS = (
+    "Times on links are a model: of the whole run, every step as it was measured here, and its bytes on the link after "
+    "it; nothing hides behind the backward pass, and latency is left out."
+)
+
+
+def has_times_on_links(rows: Sequence[Row]) -> bool:
+    """Return whether the table of these rows has columns of them: not where nothing travels."""
+    return any(row.total_bytes for row in rows)
+
+
 def table_of(study: Study, rows: Sequence[Row]) -> list[list[str]]:
     """Return the table of one task and setting, head first; all rows have one metric."""
     metric = rows[0].metric
@@ -67,7 +78,7 @@ def table_of(study: Study, rows: Sequence[Row]) -> list[list[str]]:
         ("ballots", lambda row: _percent(row.ballot_density)),
         ("step", lambda row: _seconds(row.step_s)),
     ]
-    if any(row.total_bytes for row in rows):
+    if has_times_on_links(rows):
         columns += [(format_bandwidth(each), _simulated(name)) for name, each in study.bandwidths.items()]
     for reach in study.reach:
         if reach.name in rows[0].reached:

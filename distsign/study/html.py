@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from string import Template
 
-from distsign.study.formats import FRONT, table_of
+from distsign.study.formats import FRONT, TIMES_ON_LINKS, table_of
 from distsign.study.plan import Study
 from distsign.study.summary import Summary
 
@@ -42,8 +42,7 @@ $groups
 <h2>How to read this</h2>
 <p>Means over seeds, ± half the width of the 95 % confidence interval (Student's t). Bytes are those that a rank sent
 and received in the whole run, mean over the ranks. Rows marked $front are the Pareto front: no other row is as good
-for as few bytes. Times on links are a model: every step as it was measured here, and its bytes on the link after it;
-nothing hides behind the backward pass, and latency is left out.</p>
+for as few bytes. $times</p>
 <h2>What repeats it</h2>
 <p class="small">$provenance</p>
 <pre>distsign study $file</pre>
@@ -72,6 +71,7 @@ def render(study: Study, summary: Summary, pictures: Mapping[str, Sequence[tuple
         notes="\n".join(_notes(summary)),
         groups="\n".join(_group(study, name, summary, pictures.get(name, ())) for name in summary.groups()),
         front=FRONT,
+        times=TIMES_ON_LINKS,
         provenance=escape(" ".join(provenance)),
         file=escape(study.path.name),
         study=escape(study.text),

@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from distsign.simulator.axes import log_scale
 from distsign.simulator.units import format_bandwidth
 from distsign.study.formats import is_share, metric_name
-from distsign.study.summary import Row
+from distsign.study.summary import Row, has_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,14 +20,7 @@ __all__ = ["draw_bytes", "draw_times", "draw_training"]
 
 COLOURS = ("#3b6ea8", "#d1495b", "#2e8b57", "#8d6a9f", "#c98a1b", "#4a4a4a", "#17a2b8", "#a0522d", "#e377c2", "#7f9c3b")
 MARKERS = "osD^vPX<>*"
-_LABELLED = (
-    (1.0,),
-    (1.0, 2.0, 5.0),
-    (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0),
-    tuple(k / 2 for k in range(2, 20)),
-    tuple(k / 10 for k in range(10, 100)),
-)
-"""What may be labelled within a decade, from few to many."""
+DASHES = ("-", "--", ":", "-.")
 
 
 def draw_bytes(rows: Sequence[Row]) -> str | None:
@@ -46,14 +40,14 @@ def draw_bytes(rows: Sequence[Row]) -> str | None:
     figure = _figure(8.5, 4.8)
     axes = figure.subplots()
     for row in drawn:
-        colour, marker = _style(rows, row)
+        colour, marker, dashes = _style(rows, row)
         xs = [value / 1e6 for value in row.curve.sent_and_received_bytes]
-        axes.plot(xs, _shown(row, row.curve.metric), color=colour, linewidth=1, alpha=0.5)
+        axes.plot(xs, _shown(row, row.curve.metric), color=colour, linestyle=dashes, linewidth=1, alpha=0.5)
         _point(axes, row, row.total_bytes / 1e6, colour, marker)
     front = sorted((row.total_bytes / 1e6, _shown(row, [row.value.mean])[0]) for row in drawn if row.is_on_front)
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), color="#888888", linewidth=1, linestyle="--", zorder=0, label="front")
-    _log_x(axes)
+    log_scale(axes, "x")
     axes.set_xlabel("MB sent and received by a rank (log scale)")
     _finish(axes, drawn, "against bytes on the link")
     return _svg(figure)
@@ -78,12 +72,12 @@ def draw_times(rows: Sequence[Row], bandwidths: Mapping[str, float]) -> str | No
         for row in drawn:
             seconds = row.simulated_s[name]
             assert seconds is not None
-            colour, marker = _style(rows, row)
+            colour, marker, dashes = _style(rows, row)
             xs = [seconds * step / row.num_steps for step in row.curve.steps]
-            axes.plot(xs, _shown(row, row.curve.metric), color=colour, linewidth=1, alpha=0.5)
+            axes.plot(xs, _shown(row, row.curve.metric), color=colour, linestyle=dashes, linewidth=1, alpha=0.5)
             _point(axes, row, seconds, colour, marker)
-        _log_x(axes)
-        axes.set_xlabel(f"seconds at {format_bandwidth(bandwidth)}")
+        log_scale(axes, "x")
+        axes.set_xlabel(f"seconds at {format_bandwidth(bandwidth)} (log scale)")
         _finish(axes, drawn, "", legend=axes is all_axes[-1])
         axes.set_ylabel(metric_name(rows[0].metric) if axes is all_axes[0] else "")
     return _svg(figure)
@@ -98,13 +92,20 @@ def draw_training(rows: Sequence[Row]) -> str | None:
     Returns:
         The SVG; None where all were tested once, at their end.
     """
-    if all(len(row.curve.steps) < 2 for row in rows):
+    if not has_curves(rows):
         return None
     figure = _figure(11, 4.4)
     left, right = figure.subplots(1, 2)
     for row in rows:
-        colour, marker = _style(rows, row)
-        style = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.3, "label": row.scheme}
+        colour, marker, dashes = _style(rows, row)
+        style = {
+            "color": colour,
+            "linestyle": dashes,
+            "marker": marker,
+            "markersize": 3,
+            "linewidth": 1.3,
+            "label": row.scheme,
+        }
         known = [
             (step, loss) for step, loss in zip(row.curve.steps, row.curve.train_loss, strict=True) if loss is not None
         ]
@@ -126,26 +127,11 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _style(rows: Sequence[Row], row: Row) -> tuple[str, str]:
-    index = [each.scheme for each in rows].index(row.scheme)
-    # Beyond the last colour the same begin again, with other markers.
-    return COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
-
-
-def _log_x(axes: Axes) -> None:
-    """Make the x axis logarithmic; its labels are plain numbers, few enough not to run into each other."""
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-    for within in _LABELLED:
-        if sum(low <= each * 10**k <= high for k in decades for each in within) >= 2:
-            break
-    axes.xaxis.set_major_locator(LogLocator(subs=within))
-    plain = FuncFormatter(lambda value, _: f"{value:,.10g}")
-    axes.xaxis.set_major_formatter(plain if high < 1e6 else EngFormatter(sep=""))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+def _style(rows: Sequence[Row], row: Row) -> tuple[str, str, str]:
+    """Return the colour, the marker and the dashes of a row."""
+    turn, index = divmod([each.scheme for each in rows].index(row.scheme), len(COLOURS))
+    # Beyond the last colour the same begin again, with other markers and dashes.
+    return COLOURS[index], MARKERS[(index + turn) % len(MARKERS)], DASHES[turn % len(DASHES)]
 
 
 def _shown(row: Row, values: Sequence[float]) -> list[float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distsign.simulator.tables import format_table
-from distsign.study.formats import csv_rows, finite, table_of, write_csv
+from distsign.study.formats import TIMES_ON_LINKS, csv_rows, finite, has_times_on_links, table_of, write_csv
 from distsign.study.html import render
 from distsign.study.pictures import draw_bytes, draw_times, draw_training
 from distsign.study.plan import Study
@@ -30,6 +30,8 @@ def write_report(study: Study, summary: Summary, folder: Path) -> list[Path]:
     """
     pictures = {name: list(_pictures(study, rows)) for name, rows in summary.groups().items()}
     (folder / "pictures").mkdir(exist_ok=True)
+    for old in (folder / "pictures").glob("*.svg"):
+        old.unlink()
     for name, drawn in pictures.items():
         for kind, _, svg in drawn:
             (folder / "pictures" / f"{_file_name(name)}-{kind}.svg").write_text(svg, encoding="utf-8")
@@ -46,10 +48,8 @@ def describe(study: Study, summary: Summary) -> str:
     parts = []
     for name, rows in summary.groups().items():
         parts.append(f"{name}, {rows[0].num_steps:,} steps\n\n{format_table(table_of(study, rows))}")
-    if study.bandwidths:
-        parts.append(
-            "times on links: of the whole run, each step as it was measured here and its bytes on the link after it"
-        )
+    if has_times_on_links(summary.rows):
+        parts.append(TIMES_ON_LINKS)
     parts += [f"note: {note}" for note in summary.notes]
     return "\n\n".join(parts)
 

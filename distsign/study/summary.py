@@ -145,10 +145,7 @@ class Summary:
 
     def groups(self) -> dict[str, list[Row]]:
         """Return the rows that are compared with each other, by task and setting."""
-        found: dict[str, list[Row]] = {}
-        for row in self.rows:
-            found.setdefault(row.group, []).append(row)
-        return found
+        return _by_group(self.rows)
 
 
 def summarize(study: Study, found: Sequence[tuple[Checked, Result | None]]) -> Summary:
@@ -166,13 +163,14 @@ def summarize(study: Study, found: Sequence[tuple[Checked, Result | None]]) -> S
         if results:
             rows.append(_row(study, names, results, len(of_seeds) - len(results)))
     results_alone = [result for _, result in good]
+    rows = _with_fronts(rows)
     return Summary(
-        rows=_with_fronts(rows),
+        rows=rows,
         num_cells=len(found),
         failed=[(checked.cell, each.error) for checked, each in found if each is not None and each.error is not None],
         num_missing=sum(result is None for _, result in found),
         versions=Counter(result.version for result in results_alone),
-        notes=_notes(good),
+        notes=[*_notes(good), *_notes_of_curves(rows)],
         machines=list(Counter(str(result.start.get("machine", "unknown")) for result in results_alone)),
     )
 
@@ -266,6 +264,23 @@ def _curve(tests: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> Curve:
     )
 
 
+def has_curves(rows: Sequence[Row]) -> bool:
+    """Return whether any of some rows has been tested more than once on its way."""
+    return any(len(row.curve.steps) > 1 for row in rows)
+
+
+def _by_group(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.group, []).append(row)
+    return found
+
+
+def _notes_of_curves(rows: Sequence[Row]) -> list[str]:
+    without = [name for name, members in _by_group(rows).items() if not has_curves(members)]
+    return [f"tested once a run, so that there are no curves: {'; '.join(without)}"] if without else []
+
+
 def _with_fronts(rows: Sequence[Row]) -> list[Row]:
     is_on_front: dict[int, bool] = {}
     for group in {row.group for row in rows}:
@@ -300,10 +315,6 @@ def _notes(results: Sequence[tuple[Cell, Result]]) -> list[str]:
     jobs = max((result.jobs for _, result in results), default=1)
     if jobs > 1:
         notes.append(f"up to {jobs} cells ran side by side: times are longer than on a quiet machine")
-    if results and all(len(result.tests) < 2 for _, result in results):
-        notes.append(
-            "runs were tested once, at their end, so that nothing shows the way there: eval-every in the study"
-        )
     if any(not math.isfinite(result.end[result.start["metric"]]) for _, result in results):
         notes.append("some results are not finite numbers: their runs have diverged")
     return notes
