@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from distsign.exchange import EXCHANGES
 from distsign.vote import require_margin
@@ -225,7 +225,16 @@ class TrainOptions:
             )
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _OneLineParser(argparse.ArgumentParser):
+    def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once, not once a rank
+            super().print_help(file)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
@@ -237,21 +246,21 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train one task, alone or on several ranks started by torchrun.",
         epilog="--check alone trains nothing: it reads command lines as JSON, and says which can run (launch.check).",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--task", choices=TASKS, default="fashion-mnist-lenet")
+    what.add_argument("--task", choices=TASKS, default="fashion-mnist-lenet", help="data and model")
     what.add_argument("--width", type=int, default=1, help="multiplies the model's channels and hidden units")
     what.add_argument("--data", help=_DATA_HELP)
     what.add_argument("--batch-size", type=int, default=32, help="samples per rank and step")
     what.add_argument("--steps", type=int, help="how long; by default --epochs 4")
     what.add_argument("--epochs", type=float, help="how long, in passes over the training data")
-    what.add_argument("--seed", type=int, default=0)
+    what.add_argument("--seed", type=int, default=0, help="of weights, order of samples and whatever is drawn")
     what.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU per rank, or CPU")
 
     how = parser.add_argument_group("optimizer")
-    how.add_argument("--optimizer", choices=OPTIMIZERS, default="sign-adam-pp")
-    how.add_argument("--lr", type=float, default=1e-3)
+    how.add_argument("--optimizer", choices=OPTIMIZERS, default="sign-adam-pp", help="by name")
+    how.add_argument("--lr", type=float, default=1e-3, help="learning rate at the first step, see --schedule")
     how.add_argument("--momentum", type=float, help="by default the optimizer's own")
     how.add_argument("--weight-decay", type=float, default=0.0, help=f"decoupled, but L2 for {_with_l2()}")
     how.add_argument("--schedule", choices=("cosine", "constant", "steps"), default="cosine", help=_SCHEDULE_HELP)
