@@ -46,7 +46,7 @@ def test_every_attack_against_every_kind_of_defence(attack: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--liars", "8", "--attack", "random"], "less than --workers"),
+        (["--liars", "8", "--attack", "random"], "--liars must be 0 to 7, some of --workers, got 8"),
         (["--liars", "1"], "give both or neither"),
         (["--attack", "random"], "give both or neither"),
         (["--margin", "9"], "margin"),
