@@ -102,9 +102,10 @@ def _carry_cases(kernels: Kernels, grad: Tensor) -> Iterator[KernelCase]:
         ("pack_carry float32", torch.float32, False, 12, 1.2),
         ("pack_carry bfloat16", torch.bfloat16, False, 8, 1.2),
         ("pack_carry float32 with RMS", torch.float32, True, 20, 3.0),
+        ("pack_carry bfloat16 with RMS", torch.bfloat16, True, 12, 3.0),
     ):
         carry = (torch.stack([grad.flip(0), grad]) * 0.5).to(dtype)
-        memory = Memory(carry, torch.ones(2, num, device=grad.device) if squares else None, live)
+        memory = Memory(carry, torch.ones(2, num, dtype=dtype, device=grad.device) if squares else None, live)
         level = torch.full((NUM_PIECES,), RMS_THRESHOLD if squares else ONE_SIGMA, device=grad.device)
         rule = CarryRule(level, yes, one, corrections if squares else None, 0.99 if squares else 0.0)
         planes = torch.zeros(num // 4, dtype=torch.uint8, device=grad.device)

@@ -218,9 +218,9 @@ class VotePipeline:
             scale=scale,
             kernels=kernels,
             out=planes,
+            step=self._counts.num_steps,
             factors=self.memory.steering.of(column.rows),
             caps=self._caps(column),
-            starts=rotating_starts(column.layout, self._counts.num_steps),
             forget=self.options.forgets,
             lengths=column.lengths,
         )

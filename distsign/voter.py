@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distsign.ballots import keep_idle_stats
 from distsign.confidence import Confidence
-from distsign.kernels import CarryRule, Kernels, Memory
+from distsign.kernels import CarryRule, Kernels, Memory, dither_at
 from distsign.kernels.chunks import upload
 from distsign.layout import IntArray, Layout
 
@@ -58,7 +58,8 @@ class Voter:
 
     Args:
         confidence: the confidence function.
-        carry: the dtype in which what was not sent is kept for the next step, float32 or bfloat16; None keeps nothing.
+        carry: the dtype in which what was not sent is kept for the next step, and the running mean of squares where
+            the confidence function has one: float32 or bfloat16; None keeps nothing.
 
     Attributes:
         stats: float64 `[num_params, num_stats]`, one row a parameter, on the gradients' device.
@@ -73,7 +74,7 @@ class Voter:
             squares = confidence.square_decay is not None
             self.memory = Memory(
                 torch.zeros(2, 0, dtype=carry),
-                torch.zeros(2, 0) if squares else None,
+                torch.zeros(2, 0, dtype=carry) if squares else None,
                 torch.zeros((), dtype=torch.int64),
             )
         self._homes: list[int] = []
@@ -119,9 +120,9 @@ class Voter:
         scale: Tensor,
         kernels: Kernels,
         out: Tensor,
+        step: int,
         factors: Tensor | None = None,
         caps: IntArray | None = None,
-        starts: IntArray | None = None,
         forget: bool = False,
         lengths: Tensor | None = None,
     ) -> Cast:
@@ -134,10 +135,10 @@ class Voter:
             scale: float64 scalar tensor, the loss scale.
             kernels: backend of the gradients' device.
             out: uint8 `[layout.buffer_bytes]`, changed where the planes lie.
+            step: alike on all ranks; it decides where a cap's choice begins and how bfloat16 squares are rounded.
             factors: float64 `[num_rows]` on the thresholds; None is 1.
             caps: int64 `[num_pieces]`, most ballots of each piece; the others wait in the carry, or are lost where
                 there is none. None: no cap.
-            starts: int64 `[num_pieces]`, with caps: see `rotating_starts`.
             forget: whether the carry is cleared too where a ballot did not fit.
             lengths: int64 `[num_rows]`, elements of each parameter; None: as the layout has them.
         """
@@ -150,6 +151,7 @@ class Voter:
         if factors is not None:
             alpha = alpha * factors
         crowded = None
+        starts = None if caps is None else rotating_starts(layout, step)
         if self.memory is None:
             counts, finite = self._pack(grads, layout, (alpha * scale).float(), kernels, out)
             if caps is not None:
@@ -164,6 +166,7 @@ class Voter:
                 scale.reciprocal().float(),
                 None if corrections is None else corrections.float(),
                 self.confidence.square_decay or 0.0,
+                dither_at(step),
             )
             if caps is None:
                 counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=True)

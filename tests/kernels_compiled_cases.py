@@ -95,7 +95,7 @@ def planes(*rows: int) -> Tensor:
 def pack_carry(*, dtype: torch.dtype, square: bool, correct: bool, clear: bool) -> None:
     rule = CarryRule(floats(3), torch.ones(3, dtype=torch.bool), floats(), floats(3) if correct else None, 0.9)
     size = sum(LENGTHS)
-    memory = Memory(torch.zeros(2, size, dtype=dtype), floats(2, size) if square else None, longs())
+    memory = Memory(floats(2, size).to(dtype), floats(2, size).to(dtype) if square else None, longs())
     cuda.pack_carry(floats(size), pieces(), rule, memory, planes(), clear=clear)
 
 

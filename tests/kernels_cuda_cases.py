@@ -45,7 +45,7 @@ def on_device(value: Any) -> Any:
         return Memory(*(on_device(part) for part in (value.carry, value.square, value.live)))
     if isinstance(value, CarryRule):
         parts = (value.thresholds, value.active, value.unscale, value.corrections)
-        return CarryRule(*(on_device(part) for part in parts), decay=value.decay)
+        return CarryRule(*(on_device(part) for part in parts), decay=value.decay, dither=value.dither)
     return value
 
 
@@ -233,7 +233,7 @@ def test_pack_carry(kernels: Kernels, live: int, dtype: torch.dtype, square: boo
     kept = torch.from_numpy(rng.choice([0.0, 1e-38, 1e-30, 0.3, 3e38], num_kept).astype(np.float32))
     memory = Memory(
         gradient(rng, 2 * num_kept, 0.1).view(2, -1).to(dtype),
-        torch.stack([kept, kept.roll(1)]) if square else None,
+        torch.stack([kept, kept.roll(1)]).to(dtype) if square else None,
         torch.tensor(live),
     )
     rule = CarryRule(
@@ -242,6 +242,7 @@ def test_pack_carry(kernels: Kernels, live: int, dtype: torch.dtype, square: boo
         torch.tensor([0.1, 2.0**-16][live]),
         torch.linspace(0.03, 1.0, ROWS).sqrt() if square and not (clear and live) else None,
         0.9 + 0.05 * live if square else 0.0,
+        0xFFFF - 40503 * live,
     )
     results = agree(kernels, "pack_carry", grad, spans, rule, memory, filled(num_bytes), clear=clear)
     assert bool(results[1]) and int(results[0].sum()) > 0

@@ -79,6 +79,7 @@ def cases(draw: st.DrawFn) -> Case:
         unscale=torch.tensor(draw(st.sampled_from([1.0, 2.0**-16, 0.3]))),
         corrections=torch.from_numpy(rng.uniform(0.03, 1.0, num_rows).astype(np.float32)) if with_square else None,
         decay=decay if with_square else 0.0,
+        dither=draw(st.sampled_from([0, 1, 0x7FFF, 0xFFFF])),
     )
     carry = rng.standard_normal((2, memory_size)).astype(np.float32)
     carry[rng.random(carry.shape) < 0.2] = 0.0
@@ -88,7 +89,7 @@ def cases(draw: st.DrawFn) -> Case:
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
     memory = Memory(
         torch.from_numpy(carry).to(dtype),
-        torch.from_numpy(square) if with_square else None,
+        torch.from_numpy(square).clamp(max=torch.finfo(dtype).max).to(dtype) if with_square else None,
         torch.tensor(draw(st.integers(0, 1))),
     )
     spans = Spans(start, length, rng.integers(num_rows, size=num), planes[:num], planes[num:], home)
@@ -135,6 +136,14 @@ def to_bfloat16(x: Floats) -> Floats:
         return nearest.astype(np.float32)
 
 
+def dithered(v: Floats, dither: int) -> Floats:
+    """Round to the upper of the two neighbours in bfloat16 where the way up and the dither make a whole; v >= 0."""
+    low = (v.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    high = (low.view(np.uint32) + np.uint32(0x10000)).view(np.float32)
+    way = (v.astype(np.float64) - low) / (high.astype(np.float64) - low)
+    return np.where(way + dither / 2**16 >= 1.0, high, low)
+
+
 def expected_step(case: Case, grad: Tensor, clear: bool) -> tuple[Memory, npt.NDArray[np.uint8], list[int]]:
     """The documented rule, a piece at a time, in numpy's float32."""
     memory, rule, spans = case.copy_of_memory(), case.rule, case.spans
@@ -153,11 +162,14 @@ def expected_step(case: Case, grad: Tensor, clear: bool) -> tuple[Memory, npt.ND
                 else:
                     assert rule.corrections is not None
                     decay, rest = np.float32(rule.decay), np.float32(1.0 - rule.decay)
-                    v = np.minimum(decay * memory.square[live, here].numpy() + rest * (g * g), LARGEST)
+                    largest = np.float32(torch.finfo(memory.square.dtype).max)
+                    v = np.minimum(decay * memory.square[live, here].float().numpy() + rest * (g * g), largest)
                     u = carry.copy()
                     lives = v > np.float32(1e-30)
                     u[lives] = carry[lives] + (g[lives] * rule.corrections[row].numpy()) / np.sqrt(v[lives])
-                    memory.square[1 - live, here] = torch.from_numpy(v)
+                    if memory.square.dtype == torch.bfloat16:
+                        v = dithered(v, rule.dither)
+                    memory.square[1 - live, here] = torch.from_numpy(v).to(memory.square.dtype)
             assert u.dtype == np.float32
             votes = np.abs(u) > rule.thresholds[row].numpy()
             new = np.where(votes, np.float32(0.0), u) if clear else u
@@ -211,7 +223,11 @@ def one_piece(length: int, dtype: torch.dtype = torch.float32, *, square: bool =
     return Case(
         Spans(zero, np.array([length]), zero, zero, at, zero),
         CarryRule(torch.tensor([1.0]), torch.tensor([True]), torch.tensor(1.0), torch.ones(1), 0.5),
-        Memory(torch.zeros(2, length, dtype=dtype), torch.zeros(2, length) if square else None, torch.tensor(0)),
+        Memory(
+            torch.zeros(2, length, dtype=dtype),
+            torch.zeros(2, length, dtype=dtype) if square else None,
+            torch.tensor(0),
+        ),
         length,
         2 * plane_bytes(length),
     )

@@ -14,7 +14,7 @@ from distsign import AdaptiveConfidence, Confidence, FixedConfidence, RMSConfide
 from distsign.ballots import cast_ballots
 from distsign.kernels import Kernels, cpu, reference
 from distsign.layout import Layout, Shape, caps_at
-from distsign.voter import Voter, rotating_starts
+from distsign.voter import Voter
 from distsign.wire.header import HEADER_BYTES
 
 EVERY = [FixedConfidence(0.3), AdaptiveConfidence(), TargetDensity(0.1)]
@@ -72,6 +72,7 @@ class Worker:
             scale=torch.tensor(scale, dtype=torch.float64),
             kernels=self.kernels,
             out=out,
+            step=0,
         )
         assert all(torch.equal(a, b) or not b.isfinite().all() for a, b in zip(grads, before, strict=True))
         ballots: list[Tensor] = []
@@ -166,7 +167,9 @@ def test_headers_are_left_alone(confidence: Confidence) -> None:
     worker = Worker(confidence)
     out = torch.full((worker.layout.buffer_bytes,), 0x5A, dtype=torch.uint8)
     scale = torch.ones((), dtype=torch.float64)
-    worker.voter.cast(worker.gradient(0), worker.layout, worker.rows, scale=scale, kernels=worker.kernels, out=out)
+    worker.voter.cast(
+        worker.gradient(0), worker.layout, worker.rows, scale=scale, kernels=worker.kernels, out=out, step=0
+    )
     for offset in worker.layout.offsets:
         assert out[offset : offset + 8].eq(0x5A).all()
 
@@ -364,8 +367,8 @@ def test_wide_caps_leave_what_settling_vote_by_vote_leaves(
                 scale=torch.ones((), dtype=torch.float64),
                 kernels=cpu,
                 out=out,
+                step=step,
                 caps=caps,
-                starts=rotating_starts(worker.layout, step),
             )
             worker.voter.commit(CLEAN)
             crowded = torch.zeros(caps.size, dtype=torch.bool) if cast.crowded is None else cast.crowded

@@ -23,11 +23,21 @@ import torch
 from torch import Tensor
 
 from distsign.kernels import reference
-from distsign.kernels.memory import CarryRule, Memory
+from distsign.kernels.memory import CarryRule, Memory, dither_at
 from distsign.kernels.spans import BLOCK, Spans, plane_bytes
 from distsign.wire.sparse import SparseCode
 
-__all__ = ["BLOCK", "CarryRule", "Kernels", "Memory", "SparseCode", "Spans", "kernels_for", "plane_bytes"]
+__all__ = [
+    "BLOCK",
+    "CarryRule",
+    "Kernels",
+    "Memory",
+    "SparseCode",
+    "Spans",
+    "dither_at",
+    "kernels_for",
+    "plane_bytes",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -73,11 +83,13 @@ class Kernels(Protocol):
         Per component of an active row, all in float32, each operation rounded by itself (no fused multiply-add):
 
         1. `g = grad * unscale`
-        2. without `square`: `u = carry + g`. With it: `v = min(decay * square + (1 - decay) * (g * g), FLT_MAX)`, where
-           `1 - decay` is `float32(1.0 - decay)`; `u = carry + (g * correction) / sqrt(v)` where `v > 1e-30`, else
-           `u = carry` (a dead component has v = 0, and tiny ones would overflow).
+        2. without `square`: `u = carry + g`. With it: `v = min(decay * square + (1 - decay) * (g * g), MAX)`, where
+           `1 - decay` is `float32(1.0 - decay)` and MAX the largest number of the memory's dtype;
+           `u = carry + (g * correction) / sqrt(v)` where `v > 1e-30`, else `u = carry` (a dead component has v = 0, and
+           tiny ones would overflow).
         3. ballot `sign(u)` where `abs(u) > threshold`, else 0, written as planes as `pack` does;
-        4. the new carry is 0 where there is a ballot and `clear` is set, else u; the new square is v.
+        4. the new carry is 0 where there is a ballot and `clear` is set, else u, in bfloat16 rounded to the nearest;
+           the new square is v, in bfloat16 the upper half of `bits(v) + dither`.
 
         Reads half `live` of the memory and writes the other; an inactive row is copied, and its planes are 0.
 

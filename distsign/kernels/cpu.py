@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numba  # noqa: F401  (before the lock: importing takes a second that ranks can spend at the same time)
 import numpy as np
@@ -82,12 +83,12 @@ def active(grad: Tensor, spans: Spans) -> Tensor:  # noqa: D103
     return out
 
 
-def _by_type(carry: Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint16]]:
-    """Return the carry as what it is, float32 or the bits of bfloat16, and an empty array as the other."""
-    if carry.dtype == torch.float32:
-        return carry.numpy(), np.zeros((2, 0), np.uint16)
-    assert carry.dtype == torch.bfloat16
-    return np.zeros((2, 0), np.float32), carry.view(torch.int16).numpy().view(np.uint16)
+def _kept(memory: Tensor) -> npt.NDArray[Any]:
+    """Return what is kept as float32, or as the bits of bfloat16."""
+    if memory.dtype == torch.float32:
+        return memory.numpy()
+    assert memory.dtype == torch.bfloat16
+    return memory.view(torch.int16).numpy().view(np.uint16)
 
 
 def pack_carry(  # noqa: D103
@@ -95,7 +96,7 @@ def pack_carry(  # noqa: D103
 ) -> tuple[Tensor, Tensor]:
     counts = torch.zeros(rule.thresholds.numel(), dtype=torch.int64)
     corrections = torch.ones_like(rule.thresholds) if rule.corrections is None else rule.corrections
-    square = torch.zeros(2, 0) if memory.square is None else memory.square
+    square = memory.carry[:, :0].contiguous() if memory.square is None else memory.square
     finite = jit_carry.pack_carried(
         grad.numpy().view(np.uint32),
         spans.start,
@@ -110,8 +111,9 @@ def pack_carry(  # noqa: D103
         np.float32(rule.unscale.item()),
         np.float32(rule.decay),
         np.float32(1.0 - rule.decay),
-        *_by_type(memory.carry),
-        square.numpy(),
+        np.uint32(rule.dither),
+        _kept(memory.carry),
+        _kept(square),
         int(memory.live),
         clear,
         out.numpy(),
@@ -124,11 +126,8 @@ def settle_carry(  # noqa: D103
     planes: Tensor, spans: Spans, caps: Tensor, starts: Tensor, memory: Memory | None
 ) -> Tensor:
     counts = torch.zeros(spans.length.size, dtype=torch.int64)
-    settle, carry = jit_carry_settle.settle_wide, _NO_CARRY
-    if memory is not None:
-        wide, narrow = (both[1 - int(memory.live)] for both in _by_type(memory.carry))
-        settle, carry = (jit_carry_settle.settle_narrow, narrow) if narrow.size else (settle, wide)
-    settle(
+    carry = _NO_CARRY if memory is None else _kept(memory.carry)[1 - int(memory.live)]
+    jit_carry_settle.settle(
         planes.numpy(),
         spans.length,
         spans.mask_at,

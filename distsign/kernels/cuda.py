@@ -132,6 +132,7 @@ def pack_carry(  # noqa: D103
     finite = torch.ones((), dtype=torch.bool, device=grad.device)
     corrections, square, carry = rule.corrections, memory.square, memory.carry
     half_precision = carry.dtype == torch.bfloat16
+    kind = torch.int16 if half_precision else torch.float32  # Triton sees the bits
     _launch(
         triton_voter.carry_kernel,
         chunks.num_chunks,
@@ -143,8 +144,9 @@ def pack_carry(  # noqa: D103
         rule.thresholds if corrections is None else corrections,  # stands in for what is not read
         float(np.float32(rule.decay)),
         float(np.float32(1.0 - rule.decay)),
-        carry.view(torch.int16) if half_precision else carry,
-        grad if square is None else square,
+        rule.dither,
+        carry.view(kind),
+        grad if square is None else square.view(kind),
         memory.live,
         carry.shape[1],
         out,

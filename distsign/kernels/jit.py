@@ -41,9 +41,9 @@ _jit: Any = numba.njit(**_OPTIONS)
 _inline: Any = numba.njit(nogil=True, error_model="numpy", inline="always")
 
 
-def _compiled(signature: str) -> Any:
+def _compiled(*signatures: str) -> Any:
     """Compile at import, before the first collective: later, other ranks would wait for this one under a timeout."""
-    return numba.njit(signature, **_OPTIONS)
+    return numba.njit(list(signatures), **_OPTIONS)
 
 
 # ----------------------------------------------------------------------------------------------------- vectors of words

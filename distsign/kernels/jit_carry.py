@@ -26,14 +26,14 @@ _EXPONENT_ONE = np.uint32(0x00800000)
 _TOP = np.uint32(0x80000000)
 _ONE = np.uint32(1)
 _ZERO = np.uint32(0)
-_LARGEST = np.float32(3.4028235e38)
+_LARGEST, _LARGEST_NARROW = np.float32(3.4028235e38), np.float32(3.3895314e38)
 _DEAD = np.float32(1e-30)
 _LINE = 64
 _ROWS = BLOCK // LANES
 _AHEAD = 2 * _ROWS  # rows between what is packed and what is fetched into the nearest cache meanwhile
 
 # Places of the numbers in `rule`, as bits, and of the indices in `places`
-_LIMIT, _UNSCALE, _CORRECTION, _DECAY, _REST, _KEEP = range(6)
+_LIMIT, _UNSCALE, _CORRECTION, _DECAY, _REST, _KEEP, _DITHER = range(7)
 _AT, _HOME, _MASK, _SIGN = range(4)
 
 
@@ -101,44 +101,56 @@ class _Block(_Builder):
     def __init__(self, *call, narrow, squares, streamed):
         super().__init__(*call)
         self.narrow, self.squares, self.streamed = narrow, squares, streamed
-        self.limit, self.keep = (self.all_lanes(self.number(7, k), _WORDS) for k in (_LIMIT, _KEEP))
+        self.limit, self.keep, self.dither = (
+            self.all_lanes(self.number(7, k), _WORDS) for k in (_LIMIT, _KEEP, _DITHER)
+        )
         self.unscale, self.correction, self.decay, self.rest = (
             self.all_lanes(self.number(7, k), _FLOATS) for k in (_UNSCALE, _CORRECTION, _DECAY, _REST)
         )
         home, kept = self.number(6, _HOME), _HALVES if narrow else _FLOATS
         self.grad = self.vectors(0, self.number(6, _AT), _FLOATS)
         self.old, self.new = (self.vectors(array, home, kept) for array in (1, 2))
-        self.old_square, self.new_square = (self.vectors(array, home, _FLOATS) for array in (3, 4))
-        self.last = None
+        self.old_square, self.new_square = (self.vectors(array, home, kept) for array in (3, 4))
+        self.last = {}
 
-    def carry(self, i):
-        """Load a row of the carry."""
+    def kept(self, old, i):
+        """Load a row of what is kept."""
         if not self.narrow:
-            self.prefetch(self.old, _AHEAD + i)
-            return self.b.load(self.row(self.old, i), align=4)
+            self.prefetch(old, _AHEAD + i)
+            return self.b.load(self.row(old, i), align=4)
         if i % 2 == 0:
-            self.prefetch(self.old, _AHEAD + i)
-        halves = self.b.zext(self.b.load(self.row(self.old, i), align=2), _WORDS)
+            self.prefetch(old, _AHEAD + i)
+        halves = self.b.zext(self.b.load(self.row(old, i), align=2), _WORDS)
         return self.b.bitcast(self.b.shl(halves, _splat(16)), _FLOATS)
+
+    def keep_upper(self, bits, new, i):
+        """Write the upper halves of a row, two rows at a time, which fill a cache line."""
+        upper = self.b.trunc(self.b.lshr(bits, _splat(16)), _HALVES)
+        if i % 2:
+            pair = self.b.shuffle_vector(self.last[new], upper, ir.Constant(_PAIRS, list(range(2 * LANES))))
+            self.store(pair, self.b.bitcast(self.row(new, i - 1), pair.type.as_pointer()), 2)
+        self.last[new] = upper
 
     def added(self, i, raw):
         """Return what is added to the carry, and keep a row of the squares where there are any."""
         b, g = self.b, self.b.fmul(raw, self.unscale)
         if not self.squares:
             return g
-        self.prefetch(self.old_square, _AHEAD + i)
-        v = b.fmul(self.decay, b.load(self.row(self.old_square, i), align=4))
+        v = b.fmul(self.decay, self.kept(self.old_square, i))
         v = b.fadd(v, b.fmul(self.rest, b.fmul(g, g)))
-        most = _splat(float(_LARGEST), _FLOATS)
+        most = _splat(float(_LARGEST_NARROW if self.narrow else _LARGEST), _FLOATS)
         v = b.select(b.fcmp_ordered("<", v, most), v, most)
-        self.store(v, self.row(self.new_square, i), 4)
+        if self.narrow:
+            self.keep_upper(b.add(b.bitcast(v, _WORDS), self.dither), self.new_square, i)
+        else:
+            self.store(v, self.row(self.new_square, i), 4)
         alive = b.fcmp_ordered(">", v, _splat(float(_DEAD), _FLOATS))
         quotient = b.fdiv(b.fmul(g, self.correction), self.call(f"llvm.sqrt.v{LANES}f32", _FLOATS, v))
         # -0.0 changes no number that it is added to, not even -0.0.
         return b.select(alive, quotient, _splat(-0.0, _FLOATS))
 
     def keep_row(self, i, bits, vote):
-        """Write a row of the new carry; in half precision two at a time, which fill a cache line."""
+        """Write a row of the new carry."""
         b = self.b
         left = b.and_(bits, b.or_(b.xor(vote, _splat(0xFFFFFFFF)), self.keep))
         if not self.narrow:
@@ -146,11 +158,7 @@ class _Block(_Builder):
             return
         # Rounded to the nearest, and from the middle to the even one.
         even = b.and_(b.lshr(left, _splat(16)), _splat(1))
-        rounded = b.trunc(b.lshr(b.add(b.add(left, _splat(0x7FFF)), even), _splat(16)), _HALVES)
-        if i % 2:
-            pair = b.shuffle_vector(self.last, rounded, ir.Constant(_PAIRS, list(range(2 * LANES))))
-            self.store(pair, b.bitcast(self.row(self.new, i - 1), pair.type.as_pointer()), 2)
-        self.last = rounded
+        self.keep_upper(b.add(b.add(left, _splat(0x7FFF)), even), self.new, i)
 
     def pack(self):
         """Pack the block."""
@@ -162,7 +170,7 @@ class _Block(_Builder):
             raw = b.load(self.row(self.grad, i), align=4)
             magnitude = b.and_(b.bitcast(raw, _WORDS), _splat(0x7FFFFFFF))
             largest = b.select(b.icmp_signed(">", magnitude, largest), magnitude, largest)
-            bits = b.bitcast(b.fadd(self.carry(i), self.added(i, raw)), _WORDS)
+            bits = b.bitcast(b.fadd(self.kept(self.old, i), self.added(i, raw)), _WORDS)
             # Magnitudes of IEEE floats compare as integers, and as signed ones, because their top bit is 0.
             vote = b.sext(b.icmp_signed(">", b.and_(bits, _splat(0x7FFFFFFF)), self.limit), _WORDS)
             mask = b.or_(mask, b.and_(vote, _splat(1 << i)))
@@ -184,7 +192,7 @@ def _block_packer(name, **kind):
 
     def pack_block(typing_context, x, old, new, old_square, new_square, out, places, rule, totals):
         def generate(context, builder, signature, args):
-            _Block(context, builder, signature, args, **kind).pack()
+            _Block(context, builder, signature, args, narrow=old.dtype == types.uint16, **kind).pack()
             return context.get_dummy_value()
 
         return types.void(x, old, new, old_square, new_square, out, places, rule, totals), generate
@@ -193,14 +201,10 @@ def _block_packer(name, **kind):
     return intrinsic(pack_block)
 
 
-_wide = _block_packer("_wide", narrow=False, squares=False, streamed=False)
-_wide_past = _block_packer("_wide_past", narrow=False, squares=False, streamed=True)
-_wide_squares = _block_packer("_wide_squares", narrow=False, squares=True, streamed=False)
-_wide_squares_past = _block_packer("_wide_squares_past", narrow=False, squares=True, streamed=True)
-_narrow = _block_packer("_narrow", narrow=True, squares=False, streamed=False)
-_narrow_past = _block_packer("_narrow_past", narrow=True, squares=False, streamed=True)
-_narrow_squares = _block_packer("_narrow_squares", narrow=True, squares=True, streamed=False)
-_narrow_squares_past = _block_packer("_narrow_squares_past", narrow=True, squares=True, streamed=True)
+_pack = _block_packer("_pack", squares=False, streamed=False)
+_pack_past = _block_packer("_pack_past", squares=False, streamed=True)
+_pack_squares = _block_packer("_pack_squares", squares=True, streamed=False)
+_pack_squares_past = _block_packer("_pack_squares_past", squares=True, streamed=True)
 
 
 @intrinsic
@@ -220,33 +224,21 @@ def _starts_line(array, at):
 
 
 @_jit
-def _pack_blocks(x, wide, narrow, square, live, out, places, rule, num_blocks, totals):
+def _pack_blocks(x, carry, square, live, out, places, rule, num_blocks, totals):
     """Pack full blocks, and leave `places` behind them."""
-    old_wide, new_wide, old_narrow, new_narrow = wide[live], wide[1 - live], narrow[live], narrow[1 - live]
-    old_square, new_square = square[live], square[1 - live]
-    is_wide, squares = wide.shape[1] != 0, square.shape[1] != 0
-    past = _starts_line(new_wide, places[_HOME]) if is_wide else _starts_line(new_narrow, places[_HOME])
+    old, new, old_square, new_square = carry[live], carry[1 - live], square[live], square[1 - live]
+    squares, past = square.shape[1] != 0, _starts_line(new, places[_HOME])
     past = past and (not squares or _starts_line(new_square, places[_HOME]))
     for _ in range(num_blocks):
-        if is_wide:
-            if squares:
-                if past:
-                    _wide_squares_past(x, old_wide, new_wide, old_square, new_square, out, places, rule, totals)
-                else:
-                    _wide_squares(x, old_wide, new_wide, old_square, new_square, out, places, rule, totals)
-            elif past:
-                _wide_past(x, old_wide, new_wide, old_square, new_square, out, places, rule, totals)
-            else:
-                _wide(x, old_wide, new_wide, old_square, new_square, out, places, rule, totals)
-        elif squares:
+        if squares:
             if past:
-                _narrow_squares_past(x, old_narrow, new_narrow, old_square, new_square, out, places, rule, totals)
+                _pack_squares_past(x, old, new, old_square, new_square, out, places, rule, totals)
             else:
-                _narrow_squares(x, old_narrow, new_narrow, old_square, new_square, out, places, rule, totals)
+                _pack_squares(x, old, new, old_square, new_square, out, places, rule, totals)
         elif past:
-            _narrow_past(x, old_narrow, new_narrow, old_square, new_square, out, places, rule, totals)
+            _pack_past(x, old, new, old_square, new_square, out, places, rule, totals)
         else:
-            _narrow(x, old_narrow, new_narrow, old_square, new_square, out, places, rule, totals)
+            _pack(x, old, new, old_square, new_square, out, places, rule, totals)
         places[_AT] += BLOCK
         places[_HOME] += BLOCK
         places[_MASK] += _LINE
@@ -265,28 +257,36 @@ def _overflow(x):
     return w
 
 
-@_jit
-def _add(g, carry, square, new_square, home, numbers):
-    """Return the sum of gradient and carry, and keep the square where there is one."""
-    if not square.size:
-        return carry + g
-    s = min(numbers[_DECAY] * square[home] + numbers[_REST] * (g * g), _LARGEST)
-    new_square[home] = s
-    return carry + (g * numbers[_CORRECTION]) / np.sqrt(s) if s > _DEAD else carry
+@intrinsic
+def _widened(typing_context, kept):
+    """Return a number of the memory, float32 or the bits of a bfloat16, as a float32."""
+
+    def generate(context, builder, signature, args):
+        if kept == types.float32:
+            return args[0]
+        return builder.bitcast(builder.shl(builder.zext(args[0], _WORD), ir.Constant(_WORD, 16)), _FLOAT)
+
+    return types.float32(kept), generate
+
+
+@intrinsic
+def _narrowed(typing_context, bits, add, like):
+    """Return a float32, by its bits, as the memory keeps it: in bfloat16 the upper half of `bits + add`."""
+
+    def generate(context, builder, signature, args):
+        if like == types.float32:
+            return builder.bitcast(args[0], _FLOAT)
+        return builder.trunc(builder.lshr(builder.add(args[0], args[1]), ir.Constant(_WORD, 16)), _HALF)
+
+    return like(bits, add, like), generate
 
 
 @_jit
-def _round(b):
-    """Round the bits of a float32 to bfloat16."""
-    return np.uint16((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & _ONE)) >> np.uint32(16))
-
-
-@_jit
-def _pack_tail(x, wide, narrow, square, live, out, places, rule, n):
+def _pack_tail(x, carry, square, live, out, places, rule, n):
     """Pack the last elements of a piece; return their votes."""
-    numbers, sums = rule.view(np.float32), np.empty(1, np.float32)
+    numbers, sums = rule.view(np.float32), np.empty(2, np.float32)
     bits = sums.view(np.uint32)
-    wider = np.empty(1, np.uint32)
+    largest = _LARGEST if square.itemsize == 4 else _LARGEST_NARROW
     count = 0
     for i in range(n):
         home, place = places[_HOME] + i, i // 8
@@ -294,52 +294,51 @@ def _pack_tail(x, wide, narrow, square, live, out, places, rule, n):
             out[places[_MASK] + place] = 0
             out[places[_SIGN] + place] = 0
         g = x[places[_AT] + i] * numbers[_UNSCALE]
-        if wide.shape[1]:
-            carry = wide[live, home]
-        else:
-            wider[0] = np.uint32(narrow[live, home]) << np.uint32(16)
-            carry = wider.view(np.float32)[0]
-        sums[0] = _add(g, carry, square[live], square[1 - live], home, numbers)
+        if square.shape[1]:
+            s = numbers[_DECAY] * _widened(square[live, home]) + numbers[_REST] * (g * g)
+            sums[1] = s = min(s, largest)
+            square[1 - live, home] = _narrowed(bits[1], rule[_DITHER], square[live, home])
+            g = (g * numbers[_CORRECTION]) / np.sqrt(s) if s > _DEAD else np.float32(-0.0)
+        sums[0] = _widened(carry[live, home]) + g
         b = bits[0]
         if (b & _MAGNITUDE) > rule[_LIMIT]:
             out[places[_MASK] + place] |= np.uint8(1 << i % 8)
             out[places[_SIGN] + place] |= np.uint8((b >> np.uint32(31)) << np.uint32(i % 8))
             count += 1
             b &= rule[_KEEP]
-        if wide.shape[1]:
-            bits[0] = b
-            wide[1 - live, home] = sums[0]
-        else:
-            narrow[1 - live, home] = _round(b)
+        nearest = np.uint32(np.uint32(0x7FFF) + ((b >> np.uint32(16)) & _ONE))  # from the middle to the even one
+        carry[1 - live, home] = _narrowed(np.uint32(b), nearest, carry[live, home])
     return count
 
 
-@_compiled(
-    "(uint32[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], uint32[::1], boolean[::1], "
-    "float32[::1], float32, float32, float32, float32[:, ::1], uint16[:, ::1], float32[:, ::1], int64, boolean, "
-    "uint8[::1], int64[::1])"
-)
+def _signature(kept):
+    return (
+        "(uint32[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], uint32[::1], "
+        f"boolean[::1], float32[::1], float32, float32, float32, uint32, {kept}[:, ::1], {kept}[:, ::1], int64, "
+        "boolean, uint8[::1], int64[::1])"
+    )
+
+
+@_compiled(_signature("float32"), _signature("uint16"))
 def pack_carried(
-    x, start, length, row, mask_at, sign_at, home, limits, active, corrections, unscale, decay, rest, wide, narrow,
+    x, start, length, row, mask_at, sign_at, home, limits, active, corrections, unscale, decay, rest, dither, carry,
     square, live, clear, out, counts,
 ):  # fmt: skip
-    """One of `wide` (float32) and `narrow` (bfloat16 as bits) is the carry, and the other empty, as `square` may be."""
+    """Pack with a memory in float32, or in bfloat16, of which the bits are given; `square` may be empty."""
     numbers = x.view(np.float32)
-    rule, places = np.zeros(6, np.uint32), np.zeros(4, np.int64)
+    rule, places = np.zeros(7, np.uint32), np.zeros(4, np.int64)
     of_rule = rule.view(np.float32)
     of_rule[_UNSCALE], of_rule[_DECAY], of_rule[_REST] = unscale, decay, rest
-    rule[_KEEP] = _ZERO if clear else np.uint32(0xFFFFFFFF)
+    rule[_KEEP], rule[_DITHER] = _ZERO if clear else np.uint32(0xFFFFFFFF), dither
     totals = np.zeros(2 * LANES, np.uint32)
     overflow = _ZERO
     for k in range(start.size):
         n = length[k]
         if not active[row[k]]:
             overflow |= _overflow(x[start[k] : start[k] + n])
-            for memory in (wide, square):
+            for memory in (carry, square):
                 if memory.shape[1]:
                     memory[1 - live, home[k] : home[k] + n] = memory[live, home[k] : home[k] + n]
-            if narrow.shape[1]:
-                narrow[1 - live, home[k] : home[k] + n] = narrow[live, home[k] : home[k] + n]
             for i in range((n + 7) // 8):
                 out[mask_at[k] + i] = 0
                 out[sign_at[k] + i] = 0
@@ -347,9 +346,9 @@ def pack_carried(
         rule[_LIMIT], of_rule[_CORRECTION] = limits[row[k]], corrections[row[k]]
         places[_AT], places[_HOME], places[_MASK], places[_SIGN] = start[k], home[k], mask_at[k], sign_at[k]
         totals[LANES:] = 0
-        _pack_blocks(numbers, wide, narrow, square, live, out, places, rule, n // BLOCK, totals)
+        _pack_blocks(numbers, carry, square, live, out, places, rule, n // BLOCK, totals)
         overflow |= _overflow(x[places[_AT] : start[k] + n])
-        counts[row[k]] += _pack_tail(numbers, wide, narrow, square, live, out, places, rule, n % BLOCK)
+        counts[row[k]] += _pack_tail(numbers, carry, square, live, out, places, rule, n % BLOCK)
         for j in range(LANES):
             counts[row[k]] += totals[LANES + j]
     for j in range(LANES):

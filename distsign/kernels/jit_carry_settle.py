@@ -12,7 +12,7 @@ from distsign.kernels.jit import _compiled, _jit
 from distsign.kernels.jit_bits import count_ones, trailing_zeros
 from distsign.kernels.spans import BLOCK, LANES
 
-__all__ = ["find_active", "settle_narrow", "settle_wide"]
+__all__ = ["find_active", "settle"]
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _ZERO = np.uint32(0)
@@ -97,8 +97,15 @@ def _count(plane, words):
     return count
 
 
-@_jit
-def _settle(planes, length, mask_at, sign_at, home, caps, starts, carry, counts):
+def _signature(kept):
+    return (
+        f"(uint8[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], {kept}[::1], int64[::1])"
+    )
+
+
+@_compiled(_signature("float32"), _signature("uint16"))
+def settle(planes, length, mask_at, sign_at, home, caps, starts, carry, counts):
+    """Settle with a carry in float32 or bfloat16, or an empty one, which stays as it is."""
     words = np.zeros(_LINE // 8, np.uint64)
     for k in range(length.size):
         num_bytes = (length[k] + 7) // 8
@@ -109,17 +116,3 @@ def _settle(planes, length, mask_at, sign_at, home, caps, starts, carry, counts)
             blocked = length[k] // BLOCK * BLOCK
             left = _settle_range(mask, sign, starts[k], num_bytes, blocked, caps[k], carry, home[k], words)
             _settle_range(mask, sign, 0, starts[k], blocked, left, carry, home[k], words)
-
-
-@_compiled(
-    "(uint8[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], float32[::1], int64[::1])"
-)
-def settle_wide(planes, length, mask_at, sign_at, home, caps, starts, carry, counts):
-    _settle(planes, length, mask_at, sign_at, home, caps, starts, carry, counts)
-
-
-@_compiled(
-    "(uint8[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], uint16[::1], int64[::1])"
-)
-def settle_narrow(planes, length, mask_at, sign_at, home, caps, starts, carry, counts):
-    _settle(planes, length, mask_at, sign_at, home, caps, starts, carry, counts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["CarryRule", "Memory"]
+__all__ = ["CarryRule", "Memory", "dither_at"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Memory:
     Attributes:
         carry: float32 or bfloat16 `[2, num_elements]`, what was not sent: in gradient units, or, with `square`, in
             units of each component's root mean square.
-        square: float32 `[2, num_elements]`, the running mean of the squared gradient; None where it is not kept.
+        square: like `carry`, the running mean of the squared gradient; None where it is not kept.
         live: int64 scalar tensor on the same device: the half that the last clean step left.
     """
 
@@ -39,6 +39,7 @@ class CarryRule:
         corrections: float32 `[num_rows]`, `sqrt(1 - decay**t)` with t the row's steps so far, this one included: the
             bias correction of the running mean; None without one.
         decay: of the running mean of squares, a number that float32 rounds; 0 without one.
+        dither: in [0, 2**16), see `dither_at`; of use where squares are kept in bfloat16.
     """
 
     thresholds: Tensor
@@ -46,3 +47,18 @@ class CarryRule:
     unscale: Tensor
     corrections: Tensor | None = None
     decay: float = 0.0
+    dither: int = 0
+
+
+def dither_at(step: int) -> int:
+    """Return what is added in a step below the last bit of a bfloat16, before what lies below is cut off.
+
+    A running mean of decay 0.99 moves by less than that bit in most steps: rounded to the nearest it would stand still.
+    With the multiples of the golden ratio, which lie evenly in any number of steps, it is right on average, and needs
+    no random numbers.
+
+    Example:
+        >>> [dither_at(step) for step in (0, 1, 2)]
+        [0, 40503, 15470]
+    """
+    return step * 40503 % 2**16

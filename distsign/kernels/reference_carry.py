@@ -12,7 +12,6 @@ from distsign.kernels.spans import BLOCK, LANES, Spans, plane_bytes
 
 __all__ = ["active", "pack_carry", "settle_carry"]
 
-_LARGEST = torch.finfo(torch.float32).max
 _DEAD = 1e-30
 
 
@@ -29,12 +28,19 @@ def _root(x: Tensor) -> Tensor:
 
 
 def _normalised(carry: Tensor, square: Tensor, g: Tensor, correction: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Return the sum of the carry and the gradient in units of its root mean square, and the new mean square."""
+    """Return the sum of the carry and the gradient in units of its root mean square, and the new mean square.
+
+    Both are float32, whatever `square` is.
+    """
     keep = torch.tensor(decay, dtype=torch.float32, device=g.device)
     add = torch.tensor(1.0 - decay, dtype=torch.float32, device=g.device)
-    v = (keep * square + add * (g * g)).clamp(max=_LARGEST)
+    v = (keep * square.float() + add * (g * g)).clamp(max=torch.finfo(square.dtype).max)
     limit = torch.tensor(_DEAD, dtype=torch.float32, device=g.device)
     return torch.where(v > limit, carry + (g * correction) / _root(v), carry), v
+
+
+def _dithered(v: Tensor, dither: int) -> Tensor:
+    return ((v.view(torch.int32) + dither) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def pack_carry(  # noqa: D103
@@ -62,7 +68,7 @@ def pack_carry(  # noqa: D103
         else:
             correction = torch.ones_like(rule.unscale) if rule.corrections is None else rule.corrections[row]
             u, v = _normalised(carry, memory.square[live, here], g, correction, rule.decay)
-            memory.square[1 - live, here] = v
+            memory.square[1 - live, here] = v if memory.square.dtype == v.dtype else _dithered(v, rule.dither)
         votes = u.abs() > rule.thresholds[row]
         counts[row] += votes.sum()
         out[mask_at : mask_at + plane_bytes(length)] = pack_plane(votes)

@@ -36,6 +36,7 @@ __all__ = ["carry_kernel", "find_active_kernel", "pack_kernel", "unpack_kernel"]
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 INFINITY = tl.constexpr(0x7F800000)
 LARGEST = tl.constexpr(3.4028234663852886e38)
+LARGEST_BFLOAT16 = tl.constexpr(3.3895313892515355e38)
 DEAD = tl.constexpr(1e-30)
 CHUNK_ELEMENTS = tl.constexpr(WORDS.value * 32)
 ROWS_AT_A_TIME = tl.constexpr(8)
@@ -183,7 +184,7 @@ def _to_bfloat16(x):
 @triton.jit
 def _carried(
     grad, unscale, carry, square, v_out, r_out, element, there, active,
-    threshold, correction, keep, add, bit,
+    threshold, correction, keep, add, dither, bit,
     SQUARE: tl.constexpr, CLEAR: tl.constexpr, HALF_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Read a tile of gradient and memory and write the new memory.
@@ -193,17 +194,24 @@ def _carried(
     raw = tl.load(grad + element, mask=there, other=0.0)
     old = tl.load(carry + element, mask=there, other=0)
     if SQUARE:
-        old_v = tl.load(square + element, mask=there, other=0.0)
+        old_v = tl.load(square + element, mask=there, other=0)
     g = raw * unscale
     r = old
     if HALF_PRECISION:
         r = _from_bfloat16(old)
     if SQUARE:
-        v = keep * old_v + add * (g * g)
+        most = LARGEST
+        v = old_v
+        if HALF_PRECISION:
+            most = LARGEST_BFLOAT16
+            v = _from_bfloat16(old_v)
+        v = keep * v + add * (g * g)
         # Not tl.minimum, which hides a NaN.
-        v = tl.where(v > LARGEST, LARGEST, v)
+        v = tl.where(v > most, most, v)
         alive = v > DEAD
         u = tl.where(alive, r + divide(g * correction, tl.sqrt_rn(tl.where(alive, v, 1.0))), r)
+        if HALF_PRECISION:
+            v = ((_bits(v) + dither) >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
         tl.store(v_out + element, tl.where(active, v, old_v), mask=there)
     else:
         u = r + g
@@ -221,15 +229,16 @@ def _carried(
     return mask, sign, tl.max(magnitude, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dither"])  # another number in each step
 def carry_kernel(
-    grad, table, thresholds, active, unscale, corrections, keep, add, carry, square, live, half, out, counts, finite,
+    grad, table, thresholds, active, unscale, corrections, keep, add, dither, carry, square, live, half, out, counts,
+    finite,
     SQUARE: tl.constexpr, CORRECT: tl.constexpr, CLEAR: tl.constexpr, HALF_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Do `pack_carry` for one chunk.
 
-    `keep` and `add` are the decay and one minus it; with `HALF_PRECISION` the carry is bfloat16, whose bits come as
-    int16; `half` is the number of elements of a half.
+    `keep` and `add` are the decay and one minus it; with `HALF_PRECISION` carry and square are bfloat16, whose bits
+    come as int16; `half` is the number of elements of a half.
     """
     length = chunk_field(table, LENGTH).to(tl.int32)
     row = chunk_field(table, ROW)
@@ -261,7 +270,7 @@ def carry_kernel(
             bit = first + tl.arange(0, ROWS_AT_A_TIME)
             m, s, magnitudes = _carried(
                 grad + start, to_units, r_in, v_in, v_out, r_out, element_of_word(word[None, :], bit[:, None]),
-                there[None, :], votes_here, threshold, correction, keep, add, bit.to(tl.uint32)[:, None],
+                there[None, :], votes_here, threshold, correction, keep, add, dither, bit.to(tl.uint32)[:, None],
                 SQUARE, CLEAR, HALF_PRECISION,
             )  # fmt: skip
             mask |= m
@@ -278,7 +287,7 @@ def carry_kernel(
         element8 = done + 8 * byte[None, :] + bit8[:, None]
         m8, s8, magnitude8 = _carried(
             grad + start, to_units, r_in, v_in, v_out, r_out, element8, element8 < length, votes_here, threshold,
-            correction, keep, add, bit8.to(tl.uint32)[:, None],
+            correction, keep, add, dither, bit8.to(tl.uint32)[:, None],
             SQUARE, CLEAR, HALF_PRECISION,
         )  # fmt: skip
         inside = done + 8 * byte < length

@@ -166,7 +166,7 @@ class Electorate:
         density = honest.ne(0).float().mean().item()
         return Combined(direction, bool(found.poisoned), float(self._steering.lr_scale), density)
 
-    def _cast(self, gradients: Tensor, starts: IntArray) -> tuple[list[Tensor], Tensor, Tensor]:
+    def _cast(self, gradients: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Return each worker's true planes, its ballots, int8 `[num_workers, n]`, and whether it has poison."""
         column, kernels, planes = self._column, kernels_for(gradients.device), []
         ballots, poison = torch.zeros(gradients.shape), []
@@ -180,9 +180,9 @@ class Electorate:
                 scale=torch.ones((), dtype=torch.float64),
                 kernels=kernels,
                 out=planes[-1],
+                step=self._step,
                 factors=self._steering.of(column.rows),
                 caps=self._caps(),
-                starts=starts,
                 forget=self.options.forgets,
             )
             kernels.unpack(planes[-1], column.targets[0], torch.ones(()), out)

@@ -68,7 +68,7 @@ def train_carry_against_oracle(rank: int, world_size: int, case: Case, bad_steps
         assert torch.equal(mine["carry"].float(), oracle.kept[name].carry), name
         num_waiting += int(mine["carry"].count_nonzero())
         if isinstance(case.confidence, RMSConfidence):
-            assert torch.equal(mine["square"], oracle.kept[name].square), name
+            assert torch.equal(mine["square"].float(), oracle.kept[name].square), name
             assert mine["stats"].tolist() == [oracle.kept[name].steps]
         assert p.numel() == mine["carry"].numel()
     for (name, start, length), undecided in saved["owner"].items():

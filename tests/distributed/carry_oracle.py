@@ -80,7 +80,7 @@ class CarryOracle:
                 torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.int32), torch.zeros(self.world_size, n)
             )
             factor = float(self.warm_up(turn - 1 - self.num_poisoned))
-            ballots, new = self.vote(gradients[name].reshape(-1).float(), old, factor)
+            ballots, new = self.vote(gradients[name].reshape(-1).float(), old, factor, turn)
             pieces = shards(Shape(row, n), self.world_size)
             density = pipeline.density
             if density is not None:
@@ -108,7 +108,7 @@ class CarryOracle:
             self.next[name] = new
         return found
 
-    def vote(self, g: Tensor, old: Kept, factor: float) -> tuple[Tensor, Kept]:
+    def vote(self, g: Tensor, old: Kept, factor: float, turn: int) -> tuple[Tensor, Kept]:
         """Return one worker's wanted ballots, and what it remembers if all of them are sent."""
         new = replace(old)
         if not g.any():
@@ -123,14 +123,23 @@ class CarryOracle:
                 added = (g.numpy() * correction) / np.sqrt(v)
             u = torch.from_numpy(np.where(v > np.float32(1e-30), old.carry.numpy() + added, old.carry.numpy()))
             new.square = torch.from_numpy(v)
+            if self.dtype == torch.bfloat16:
+                upper = (v.view(np.uint32) + np.uint32(turn * 40503 % 65536)) & np.uint32(0xFFFF0000)
+                new.square = torch.from_numpy(upper.view(np.float32))
             alpha = confidence.k * factor
         else:
             u = old.carry + g
             alpha = confidence.alpha * factor  # type: ignore[attr-defined]
         ballots = torch.where(u.abs() > np.float32(alpha), u.sign(), 0.0)
         kept = u if self.capped else torch.where(ballots != 0, 0.0, u)
-        new.carry = kept.to(self.case.options.get("carry_dtype", torch.float32)).float()
+        new.carry = kept.to(self.dtype).float()
         return ballots, new
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found = self.case.options.get("carry_dtype", torch.float32)
+        assert isinstance(found, torch.dtype)
+        return found
 
     @property
     def capped(self) -> bool:
