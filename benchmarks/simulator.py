@@ -5,7 +5,7 @@ GELU), at 300 Mbit/s, 1.5 and 7 Gbit/s, on 2, 4 and 8 ranks that share this mach
 out: no model and no rate of the settings is seen by it. Whole steps of each scheme are then predicted and measured, on
 links of 50 Mbit/s to 10 Gbit/s, on 2 to 8 ranks. A setting takes the profile of the nearest rate (in logarithms), and
 of as many ranks or the next larger number. Of each model the simulator gets its shapes and the time of forward and
-backward without exchange, measured beside.
+backward without exchange, measured right before and after the steps that are predicted.
 `python -m benchmarks.simulator` (root, for the lab)
 
 Results are kept as they come in `OUT/simulator-measured.jsonl`; what is there is not measured again, so that a run may
@@ -43,38 +43,46 @@ from benchmarks.step_schemes import NO_OP, Trainer, scheme
 from distsign.simulator.calibrate import calibrate
 from distsign.simulator.units import parse_bandwidth
 
-WARM_UP = 4
+WARM_UP, NUM_ALONE = 4, 3
 
 
 # ---------------------------------------------------------------------------------------------------------- on a rank
 
 
-def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """Run on each rank: return the time of forward and backward alone, and of whole steps by scheme.
+def measure(settings: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Run on each rank: return, by scheme, the times of whole `steps`, and of forward and backward alone (`compute`).
 
-    Each scheme has the memory for itself, as in a user's run. All are timed twice, as many steps in either turn, the
-    second time in reverse order, with forward and backward before, between and after: what the machine does from minute
-    to minute should not look like an error of one scheme.
+    All schemes are timed twice, as many steps in either turn, the second time in reverse order; forward and backward
+    right before and after each. So what the machine does from minute to minute should not look like an error of one
+    scheme, or of all in one setting.
     """
-    found: dict[str, list[float]] = {}
-    counts: dict[str, int] = {}
+    found: dict[str, dict[str, list[float]]] = {"steps": {}, "compute": {}}
+    alone = Trainer(scheme(NO_OP), WORKLOADS[settings["workload"]]())
     schemes = settings["schemes"]
-    for name in (NO_OP, *schemes, NO_OP, *reversed(schemes), NO_OP):
+    for name in (*schemes, *reversed(schemes)):
         trainer = Trainer(scheme(name), WORKLOADS[settings["workload"]]())
-        run = trainer.compute if name == NO_OP else trainer.step
         for _ in range(WARM_UP):  # makes groups, lets DDP rebuild its buckets, and finds the memory that steps need
-            run()
-        each_s = ranks.largest(ranks.timed_together(run)) / 1e3
-        least, most = settings["least"], settings["most"]
-        count = counts.setdefault(name, min(max(int(settings["seconds"] / 2 / each_s), least), most))
-        times = found.setdefault(name, [])
-        times += [ranks.timed_together(run) for _ in range(count)]
-        ranks.say(f"{name}, {count} steps, {median(times[-count:]):.1f} ms")
+            trainer.step()
+        steps, compute = (found[kind].setdefault(name, []) for kind in ("steps", "compute"))
+        if steps:
+            count = len(steps)
+        else:
+            each_s = ranks.largest(ranks.timed_together(trainer.step)) / 1e3
+            count = min(max(int(settings["seconds"] / 2 / each_s), settings["least"]), settings["most"])
+        compute += _compute_times(alone)
+        steps += [ranks.timed_together(trainer.step) for _ in range(count)]
+        compute += _compute_times(alone)
+        ranks.say(f"{name}, {count} steps, {median(steps[-count:]):.1f} ms, {median(compute[-NUM_ALONE:]):.1f} alone")
         trainer.combiner.close()
         dist.barrier()
-        del trainer, run
+        del trainer
         gc.collect()
+    alone.combiner.close()
     return found
+
+
+def _compute_times(alone: Trainer) -> list[float]:
+    return [ranks.timed_together(alone.compute) for _ in range(1 + NUM_ALONE)][1:]  # the first finds nothing in caches
 
 
 def calibrated(settings: dict[str, Any]) -> bool:
@@ -120,8 +128,11 @@ def _measure_setting(setting: Setting, results: Results, options: argparse.Names
         ranks_per_node=setting.ranks_per_node,
         deadline_s=900,
     )
-    ms = {name: median(ranks.slowest([each[name] for each in of_ranks])) for name in of_ranks[0]}
-    results.add(setting.key, ms)
+    step_ms, compute_ms = (
+        {name: median(ranks.slowest([each[kind][name] for each in of_ranks])) for name in of_ranks[0][kind]}
+        for kind in ("steps", "compute")
+    )
+    results.add(setting.key, step_ms, compute_ms)
 
 
 def _measure_all(options: argparse.Namespace) -> None:

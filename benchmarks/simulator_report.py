@@ -44,15 +44,16 @@ CALIBRATIONS = (Column("profile", "profile"), Column("seconds", "seconds", ".0f"
 
 def rows_of(setting: Setting, results: Results) -> list[Row]:
     """Return a row for each scheme in one setting."""
-    ms = results.measured[setting.key]
+    ms, compute = results.measured[setting.key], results.compute[setting.key]
     rows = []
     for name in (each for each in schemes_of(setting) if each in ms):
-        predicted = predict(setting, results, name, ms[NO_OP] / 1e3)
+        compute_s = compute[name] / 1e3
+        predicted = predict(setting, results, name, compute_s)
         # The same on a machine where nobody waits for a core, forward and backward alone taking as long as they did.
-        without = predict(setting, results, name, ms[NO_OP] / 1e3, cores=math.inf)
+        without = predict(setting, results, name, compute_s, cores=math.inf)
         row: Row = {"setting": setting.key, "name": name, "predicted_ms": predicted, "ms": ms[name]}
-        row |= {"error": predicted / ms[name] - 1, "compute_ms": ms[NO_OP]}
-        quick_ms = predict(setting, results, name, ms[NO_OP] / 1e3, whole_steps=False)
+        row |= {"error": predicted / ms[name] - 1, "compute_ms": compute[name]}
+        quick_ms = predict(setting, results, name, compute_s, whole_steps=False)
         row["quick_error"] = quick_ms / ms[name] - 1
         row["cores_matter"] = "yes" if predicted > (1 + CORES_MATTER) * without else "no"
         rows.append(row)
@@ -82,25 +83,20 @@ def mean_error(rows: Sequence[Row], of: str = "error") -> float:
     return geometric_mean([max(1 + row[of], 1 / (1 + row[of])) for row in rows]) - 1
 
 
-def differences(now: dict[str, dict[str, float]], then: dict[str, dict[str, float]]) -> tuple[int, float, float]:
+def differences(now: Results, then: Results) -> tuple[int, float, float]:
     """Return how many steps two runs share, and by how much their times differ; geometric means, as `mean_error`.
-
-    Args:
-        now: by setting and scheme, milliseconds of a step.
-        then: likewise, of the other run.
 
     Returns:
         `(count, difference, beside)`; `beside` is that of times divided by those of forward and backward in their run.
     """
     both = [
-        (name, now[key], then[key])
-        for key in now
-        if key in then
-        for name in now[key]
-        if name in then[key] and name != NO_OP
+        (key, name)
+        for key in now.measured.keys() & then.measured.keys()
+        for name in (now.measured[key].keys() & then.measured[key].keys()) - {NO_OP}
     ]
-    plain = [a[name] / b[name] for name, a, b in both]
-    beside = [ratio * b[NO_OP] / a[NO_OP] for ratio, (_, a, b) in zip(plain, both, strict=True)]
+    plain = [now.measured[key][name] / then.measured[key][name] for key, name in both]
+    alone = [now.compute[key][name] / then.compute[key][name] for key, name in both]
+    beside = [step / compute for step, compute in zip(plain, alone, strict=True)]
     if not both:
         return 0, 0.0, 0.0
     off, off_beside = (geometric_mean([max(x, 1 / x) for x in each]) - 1 for each in (plain, beside))
@@ -159,7 +155,7 @@ def _report_parts(
     parts |= {each.rate: [row for row in rows if each.rate in row["setting"].split()] for each in settings}
     note = "quick: without whole steps, as calibrate --quick has it"
     if options.earlier:
-        shared, difference, beside = differences(results.measured, Results(Path(options.earlier)).measured)
+        shared, difference, beside = differences(results, Results(Path(options.earlier)))
         note += (
             f". {shared} of the steps differ by {difference:.1%} from an earlier run, by {beside:.1%} where forward "
             "and backward of each run are taken as given"

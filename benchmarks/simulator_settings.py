@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.common import checked_out_commit
-from benchmarks.step_schemes import BF16, BUCKET_MB, FP32, POWER_SGD, byte_gpt, lenet, linear_layers
+from benchmarks.step_schemes import BF16, BUCKET_MB, FP32, NO_OP, POWER_SGD, byte_gpt, lenet, linear_layers
 from distsign.simulator import Cluster, Link, Model, Profile, Scheme, Step
 from distsign.simulator.units import parse_bandwidth
 from launch.metrics import read_lines
@@ -93,6 +93,7 @@ class Results:
 
     Attributes:
         measured: milliseconds of a step, by setting and scheme.
+        compute: of forward and backward alone, beside these steps, likewise.
         commits: by which each setting was measured.
     """
 
@@ -101,12 +102,17 @@ class Results:
         self.folder = folder
         lines = read_lines(folder / MEASURED)
         self.measured: dict[str, dict[str, float]] = {line["key"]: line["ms"] for line in lines}
+        self.compute: dict[str, dict[str, float]] = {
+            # Results of before 1 December have one time for all schemes of a setting.
+            line["key"]: line.get("compute_ms") or dict.fromkeys(line["ms"], line["ms"][NO_OP])
+            for line in lines
+        }
         self.commits: dict[str, str | None] = {line["key"]: line["commit"] for line in lines}
 
-    def add(self, key: str, ms: dict[str, float]) -> None:
-        """Keep one setting's times, by scheme."""
-        line = {"key": key, "commit": checked_out_commit(), "ms": ms}
-        self.measured[key], self.commits[key] = ms, checked_out_commit()
+    def add(self, key: str, ms: dict[str, float], compute_ms: dict[str, float]) -> None:
+        """Keep one setting's times, by scheme: of steps, and of forward and backward alone."""
+        line = {"key": key, "commit": checked_out_commit(), "ms": ms, "compute_ms": compute_ms}
+        self.measured[key], self.compute[key], self.commits[key] = ms, compute_ms, checked_out_commit()
         with (self.folder / MEASURED).open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -58,6 +58,7 @@ SCHEMES = (
     Scheme("vote, RMS carry, planes", (*RMS, "--wire", "planes")),
     Scheme("vote, RMS, 0.1 bit", (*RMS, "--bits-per-param", "0.1")),
     Scheme("vote, RMS, 0.05 bit", (*RMS, "--bits-per-param", "0.05")),
+    Scheme("vote, RMS, 0.1 bit, bf16 carry", (*RMS, "--bits-per-param", "0.1", "--carry", "bf16")),
 )
 
 

@@ -148,9 +148,12 @@ def test_the_simulator_is_held_to_the_fastest_measured() -> None:
     assert simulator_report.mean_error(rows) == pytest.approx(0.25)
 
 
-def test_how_far_two_runs_are_from_each_other() -> None:
-    now = {"a": {"no-op hook": 10.0, "fp32 DDP": 20.0, "planes": 12.0}, "b": {"no-op hook": 10.0, "fp32 DDP": 1.0}}
-    then = {"a": {"no-op hook": 20.0, "fp32 DDP": 40.0, "planes": 24.0}, "c": {"no-op hook": 10.0, "fp32 DDP": 1.0}}
+def test_how_far_two_runs_are_from_each_other(tmp_path: Path) -> None:
+    now, then = (simulator_settings.Results(tmp_path / name) for name in ("now", "then"))
+    now.add("a", {FP32: 20.0, "planes": 12.0}, {FP32: 10.0, "planes": 5.0})
+    now.add("b", {FP32: 1.0}, {FP32: 10.0})
+    then.add("a", {FP32: 40.0, "planes": 24.0, "top-k": 1.0}, {FP32: 20.0, "planes": 10.0, "top-k": 1.0})
+    then.add("c", {FP32: 1.0}, {FP32: 10.0})
     count, difference, beside = simulator_report.differences(now, then)
     assert count == 2
     assert difference == pytest.approx(1.0)
@@ -205,9 +208,10 @@ def test_the_report_leaves_out_what_has_no_profile_and_names_the_commits(
 
 
 def test_a_line_of_results_is_read_back(tmp_path: Path) -> None:
-    simulator_settings.Results(tmp_path).add("a setting", {FP32: 50.0})
+    simulator_settings.Results(tmp_path).add("a setting", {FP32: 50.0}, {FP32: 20.0})
     again = simulator_settings.Results(tmp_path)
-    assert again.measured == {"a setting": {FP32: 50.0}} and list(again.commits) == ["a setting"]
+    assert again.measured == {"a setting": {FP32: 50.0}} and again.compute == {"a setting": {FP32: 20.0}}
+    assert list(again.commits) == ["a setting"]
 
 
 def test_cuda_says_why_it_measures_nothing(

@@ -152,7 +152,7 @@ class Electorate:
         self._steering.begin_step()
         self.admission.begin_step()
         starts = rotating_starts(self._column.layout, self._step)
-        planes, ballots, poison = self._cast(gradients, starts)
+        planes, ballots, poison = self._cast(gradients)
         lies = self._lie(gradients, ballots, planes, starts) if self.num_liars else []
         rows = [*planes[: self.num_workers - self.num_liars], *lies]
         payloads = torch.stack([self._seal(row, w, bool(poison[w])) for w, row in enumerate(rows)])
