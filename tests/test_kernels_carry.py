@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distsign.kernels import CarryRule, Kernels, Memory, Spans, cpu, plane_bytes, reference
+from distsign.kernels import CarryRule, Kernels, Memory, Spans, cpu, dither_at, plane_bytes, reference
 
 BACKENDS: list[Kernels] = [reference, cpu]
 every_backend = pytest.mark.parametrize("kernels", BACKENDS, ids=["reference", "cpu"])
@@ -247,6 +248,26 @@ def test_pack_carry_finds_one_bad_number_wherever_it_is(kernels: Kernels, bad: f
                 memory, _, _, finite = run_step(kernels, replace(case, rule=rule), grad, clear=True)
                 assert not finite
                 assert as_bits(memory.carry[0]) == as_bits(case.memory.carry[0]), "the live half is as it was"
+
+
+def test_squares_in_bfloat16_follow_what_moves_them_by_less_than_their_last_bit() -> None:
+    """v is 1, the gradient 0.95: a step moves v by less than half of its last bit; rounded to the nearest it stays."""
+
+    def settled(dithers: Iterable[int]) -> Tensor:
+        case = one_piece(600, torch.bfloat16, square=True)
+        memory = replace(case.memory, square=torch.ones(2, 600, dtype=torch.bfloat16))
+        out = torch.zeros(case.buffer_bytes, dtype=torch.uint8)
+        seen = []
+        for dither in dithers:
+            rule = replace(case.rule, decay=0.99, dither=dither)
+            cpu.pack_carry(torch.full((600,), 0.95), case.spans, rule, memory, out, clear=True)
+            memory = replace(memory, live=1 - memory.live)
+            assert memory.square is not None
+            seen.append(memory.square[int(memory.live)].float())
+        return torch.stack(seen[-200:]).mean(0)
+
+    assert (settled(map(dither_at, range(800))) - 0.95**2).abs().max() < 2e-3
+    assert (settled([0x8000] * 800) == 1).all()
 
 
 @every_backend
