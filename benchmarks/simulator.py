@@ -19,10 +19,12 @@ import argparse
 import gc
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from benchmarks import ranks
@@ -33,6 +35,7 @@ from benchmarks.simulator_settings import (
     QUICK,
     SETTINGS,
     WORKLOADS,
+    YARDSTICK,
     Results,
     Setting,
     calibrated_ranks,
@@ -40,6 +43,7 @@ from benchmarks.simulator_settings import (
     schemes_of,
 )
 from benchmarks.step_schemes import NO_OP, Trainer, scheme
+from distsign.simulator import Profile
 from distsign.simulator.calibrate import calibrate
 from distsign.simulator.units import parse_bandwidth
 
@@ -101,6 +105,18 @@ def calibrated(settings: dict[str, Any]) -> bool:
 # ------------------------------------------------------------------------------------------------------- on the outside
 
 
+def yardstick_ms() -> float:
+    """Return the time of fixed work that keeps cores and memory busy: how fast the machine is at this moment."""
+    factor, block = torch.ones(512, 512), torch.ones(1 << 23)
+    into, times = torch.empty_like(block), []
+    for _ in range(41):
+        begin = time.perf_counter()
+        factor @ factor
+        into.copy_(block)
+        times.append(1e3 * (time.perf_counter() - begin))
+    return median(times[1:])
+
+
 def _calibrate_for(setting: Setting, results: Results, seconds: float) -> None:
     path, rate, num_ranks = results.profile_path(setting), calibrated_rate(setting), calibrated_ranks(setting)
     if path.exists():
@@ -114,6 +130,8 @@ def _calibrate_for(setting: Setting, results: Results, seconds: float) -> None:
         ranks_per_node=setting.ranks_per_node,
         deadline_s=240 + 10 * seconds,
     )
+    profile = Profile.load(path)
+    replace(profile, facts={**profile.facts, YARDSTICK: yardstick_ms()}).save(path)
 
 
 def _measure_setting(setting: Setting, results: Results, options: argparse.Namespace) -> None:
@@ -132,7 +150,7 @@ def _measure_setting(setting: Setting, results: Results, options: argparse.Names
         {name: median(ranks.slowest([each[kind][name] for each in of_ranks])) for name in of_ranks[0][kind]}
         for kind in ("steps", "compute")
     )
-    results.add(setting.key, step_ms, compute_ms)
+    results.add(setting.key, step_ms, compute_ms, yardstick_ms())
 
 
 def _measure_all(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from benchmarks.common import Column, Report, Row
 from benchmarks.simulator_settings import HIERARCHICAL, SIMULATED, Results, Setting, load_profile, predict, schemes_of
 from benchmarks.step_schemes import BF16, FP32, NO_OP
 
-LARGEST_ERROR, NEAR_ENOUGH, CORES_MATTER = 0.20, 0.03, 0.05
+LARGEST_ERROR, NEAR_ENOUGH, CORES_MATTER, STEADY = 0.20, 0.03, 0.05, 0.05
 
 TABLE = (
     Column("setting", "ranks/per node, link, model"),
@@ -153,7 +153,14 @@ def _report_parts(
     parts = {"all": rows}
     parts |= {name: [row for row in rows if row["name"] == name] for name in {**SIMULATED, **HIERARCHICAL}}
     parts |= {each.rate: [row for row in rows if each.rate in row["setting"].split()] for each in settings}
-    note = "quick: without whole steps, as calibrate --quick has it"
+    drifts = {each.key: results.drift(each) for each in settings if results.is_complete(each)}
+    for of, steady in (("a steady machine", True), ("one that had changed", False)):
+        keys = {key for key, drift in drifts.items() if drift is not None and (abs(drift) <= STEADY) == steady}
+        parts[of] = [row for row in rows if row["setting"] in keys]
+    note = (
+        "quick: without whole steps, as calibrate --quick has it. Steady: fixed work took as long as right after the "
+        f"calibration, to {STEADY:.0%}"
+    )
     if options.earlier:
         shared, difference, beside = differences(results, Results(Path(options.earlier)))
         note += (

@@ -20,6 +20,8 @@ from launch.metrics import read_lines
 CALIBRATED_RATES, CALIBRATED_RANKS = ("300mbit", "1500mbit", "7gbit"), (2, 4, 8)
 """A profile is that of the user's links: what a byte costs the processor depends on how fast they come."""
 MEASURED = "simulator-measured.jsonl"
+YARDSTICK = "yardstick_ms"
+"""By this name profiles and results keep how fast the machine was right after they were measured."""
 
 SIMULATED = {
     FP32: "fp32",
@@ -95,6 +97,7 @@ class Results:
         measured: milliseconds of a step, by setting and scheme.
         compute: of forward and backward alone, beside these steps, likewise.
         commits: by which each setting was measured.
+        yardsticks: milliseconds of fixed work right after each setting; None in results of before 1 December.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -108,11 +111,14 @@ class Results:
             for line in lines
         }
         self.commits: dict[str, str | None] = {line["key"]: line["commit"] for line in lines}
+        self.yardsticks: dict[str, float | None] = {line["key"]: line.get(YARDSTICK) for line in lines}
 
-    def add(self, key: str, ms: dict[str, float], compute_ms: dict[str, float]) -> None:
-        """Keep one setting's times, by scheme: of steps, and of forward and backward alone."""
-        line = {"key": key, "commit": checked_out_commit(), "ms": ms, "compute_ms": compute_ms}
-        self.measured[key], self.compute[key], self.commits[key] = ms, compute_ms, checked_out_commit()
+    def add(self, key: str, ms: dict[str, float], compute_ms: dict[str, float], yardstick: float) -> None:
+        """Keep one setting's times, by scheme: of steps, and of forward and backward alone; and that of fixed work."""
+        commit = checked_out_commit()
+        line = {"key": key, "commit": commit, "ms": ms, "compute_ms": compute_ms, YARDSTICK: yardstick}
+        self.measured[key], self.compute[key], self.commits[key] = ms, compute_ms, commit
+        self.yardsticks[key] = yardstick
         with (self.folder / MEASURED).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -120,6 +126,12 @@ class Results:
         """Return the file of the profile that a setting takes."""
         name = f"{calibrated_rate(setting)}-{calibrated_ranks(setting)}-{setting.ranks_per_node}"
         return self.folder / f"simulator-profile-{name}.json"
+
+    def drift(self, setting: Setting) -> float | None:
+        """Return by how much slower the machine was after a setting than after its calibration; None if unknown."""
+        then = load_profile(self.profile_path(setting)).facts.get(YARDSTICK)
+        now = self.yardsticks[setting.key]
+        return None if now is None or then is None else now / then - 1
 
     def is_complete(self, setting: Setting) -> bool:
         """Return whether a setting has been measured, and has its profile."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from benchmarks.common import Column, Contender, Report, format_table, interleav
 from benchmarks.ranks import slowest
 from benchmarks.simulator_settings import Setting
 from benchmarks.step_schemes import FP32, NO_OP, SCHEMES
+from distsign.simulator import Profile
 from distsign.simulator.units import parse_bandwidth
 from tests.distributed.ranks import REPOSITORY
 
@@ -150,10 +152,10 @@ def test_the_simulator_is_held_to_the_fastest_measured() -> None:
 
 def test_how_far_two_runs_are_from_each_other(tmp_path: Path) -> None:
     now, then = (simulator_settings.Results(tmp_path / name) for name in ("now", "then"))
-    now.add("a", {FP32: 20.0, "planes": 12.0}, {FP32: 10.0, "planes": 5.0})
-    now.add("b", {FP32: 1.0}, {FP32: 10.0})
-    then.add("a", {FP32: 40.0, "planes": 24.0, "top-k": 1.0}, {FP32: 20.0, "planes": 10.0, "top-k": 1.0})
-    then.add("c", {FP32: 1.0}, {FP32: 10.0})
+    now.add("a", {FP32: 20.0, "planes": 12.0}, {FP32: 10.0, "planes": 5.0}, 1.0)
+    now.add("b", {FP32: 1.0}, {FP32: 10.0}, 1.0)
+    then.add("a", {FP32: 40.0, "planes": 24.0, "top-k": 1.0}, {FP32: 20.0, "planes": 10.0, "top-k": 1.0}, 1.0)
+    then.add("c", {FP32: 1.0}, {FP32: 10.0}, 1.0)
     count, difference, beside = simulator_report.differences(now, then)
     assert count == 2
     assert difference == pytest.approx(1.0)
@@ -207,10 +209,28 @@ def test_the_report_leaves_out_what_has_no_profile_and_names_the_commits(
     assert "How long calibrating took" in said
 
 
+def test_the_report_tells_a_steady_machine_from_one_that_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [Setting(2, rate, "lenet x 4") for rate in ("200mbit", "500mbit")]
+    results = simulator_settings.Results(tmp_path)
+    profile = Profile.load(PROFILE)
+    facts = {**profile.facts, simulator_settings.YARDSTICK: 10.0}
+    dataclasses.replace(profile, facts=facts).save(results.profile_path(settings[0]))
+    for each, yardstick in zip(settings, (10.4, 10.6), strict=True):
+        results.add(each.key, {FP32: 50.0}, {FP32: 20.0}, yardstick)
+    assert [results.drift(each) for each in settings] == [pytest.approx(0.04), pytest.approx(0.06)]
+    simulator_report.write_report(argparse.Namespace(out=str(tmp_path), quick=False, earlier=None), settings, results)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[3] for line in lines if line[:3] == ["a", "steady", "machine"]] == ["1"]
+    assert [line[4] for line in lines if line[:4] == ["one", "that", "had", "changed"]] == ["1"]
+
+
 def test_a_line_of_results_is_read_back(tmp_path: Path) -> None:
-    simulator_settings.Results(tmp_path).add("a setting", {FP32: 50.0}, {FP32: 20.0})
+    simulator_settings.Results(tmp_path).add("a setting", {FP32: 50.0}, {FP32: 20.0}, 1.5)
     again = simulator_settings.Results(tmp_path)
     assert again.measured == {"a setting": {FP32: 50.0}} and again.compute == {"a setting": {FP32: 20.0}}
+    assert again.yardsticks == {"a setting": 1.5}
     assert list(again.commits) == ["a setting"]
 
 
