@@ -5,7 +5,8 @@ GELU), at 300 Mbit/s, 1.5 and 7 Gbit/s, on 2, 4 and 8 ranks that share this mach
 out: no model and no rate of the settings is seen by it. Whole steps of each scheme are then predicted and measured, on
 links of 50 Mbit/s to 10 Gbit/s, on 2 to 8 ranks. A setting takes the profile of the nearest rate (in logarithms), and
 of as many ranks or the next larger number. Of each model the simulator gets its shapes and the time of forward and
-backward without exchange, measured right before and after the steps that are predicted.
+backward without exchange, measured right before and after the steps that are predicted. Fixed work, timed after each
+calibration and each setting, tells where the machine was as fast in both.
 `python -m benchmarks.simulator` (root, for the lab)
 
 Results are kept as they come in `OUT/simulator-measured.jsonl`; what is there is not measured again, so that a run may
