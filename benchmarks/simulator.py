@@ -6,7 +6,7 @@ out: no model and no rate of the settings is seen by it. Whole steps of each sch
 links of 50 Mbit/s to 10 Gbit/s, on 2 to 8 ranks. A setting takes the profile of the nearest rate (in logarithms), and
 of as many ranks or the next larger number. Of each model the simulator gets its shapes and the time of forward and
 backward without exchange, measured right before and after the steps that are predicted. Fixed work, timed after each
-calibration and each setting, tells where the machine was as fast in both.
+calibration and each setting, tells whether the machine was as fast after both.
 `python -m benchmarks.simulator` (root, for the lab)
 
 Results are kept as they come in `OUT/simulator-measured.jsonl`; what is there is not measured again, so that a run may
@@ -123,16 +123,18 @@ def _calibrate_for(setting: Setting, results: Results, seconds: float) -> None:
     if path.exists():
         return
     print(f"  calibrating on {num_ranks} ranks, {setting.ranks_per_node} a node, {rate}", file=sys.stderr, flush=True)
+    part = path.with_suffix(".part")
     ranks.run_on_ranks(
         "benchmarks.simulator:calibrated",
-        {"rate": rate, "ranks_per_node": setting.ranks_per_node, "seconds": seconds, "path": str(path.resolve())},
+        {"rate": rate, "ranks_per_node": setting.ranks_per_node, "seconds": seconds, "path": str(part.resolve())},
         num_ranks=num_ranks,
         rate=rate,
         ranks_per_node=setting.ranks_per_node,
         deadline_s=240 + 10 * seconds,
     )
-    profile = Profile.load(path)
+    profile = Profile.load(part)
     replace(profile, facts={**profile.facts, YARDSTICK: yardstick_ms()}).save(path)
+    part.unlink()
 
 
 def _measure_setting(setting: Setting, results: Results, options: argparse.Namespace) -> None:

@@ -154,13 +154,13 @@ def _report_parts(
     parts |= {name: [row for row in rows if row["name"] == name] for name in {**SIMULATED, **HIERARCHICAL}}
     parts |= {each.rate: [row for row in rows if each.rate in row["setting"].split()] for each in settings}
     drifts = {each.key: results.drift(each) for each in settings if results.is_complete(each)}
-    for of, steady in (("a steady machine", True), ("one that had changed", False)):
-        keys = {key for key, drift in drifts.items() if drift is not None and (abs(drift) <= STEADY) == steady}
-        parts[of] = [row for row in rows if row["setting"] in keys]
-    note = (
-        "quick: without whole steps, as calibrate --quick has it. Steady: fixed work took as long as right after the "
-        f"calibration, to {STEADY:.0%}"
-    )
+    if any(drift is not None for drift in drifts.values()):
+        for of, steady in (("a steady machine", True), ("one that had changed", False), ("not known", None)):
+            keys = {key for key, drift in drifts.items() if steady == (None if drift is None else abs(drift) <= STEADY)}
+            parts[of] = [row for row in rows if row["setting"] in keys]
+    note = "quick: without whole steps, as calibrate --quick has it"
+    if any(drift is not None for drift in drifts.values()):
+        note += f". Steady: fixed work took as long as right after the calibration, to {STEADY:.0%}"
     if options.earlier:
         shared, difference, beside = differences(results, Results(Path(options.earlier)))
         note += (

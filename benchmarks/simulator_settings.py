@@ -97,7 +97,7 @@ class Results:
         measured: milliseconds of a step, by setting and scheme.
         compute: of forward and backward alone, beside these steps, likewise.
         commits: by which each setting was measured.
-        yardsticks: milliseconds of fixed work right after each setting; None in results of before 1 December.
+        yardsticks: milliseconds of fixed work right after each setting; None in results of earlier versions.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -106,7 +106,7 @@ class Results:
         lines = read_lines(folder / MEASURED)
         self.measured: dict[str, dict[str, float]] = {line["key"]: line["ms"] for line in lines}
         self.compute: dict[str, dict[str, float]] = {
-            # Results of before 1 December have one time for all schemes of a setting.
+            # Results of earlier versions have one time for all schemes of a setting.
             line["key"]: line.get("compute_ms") or dict.fromkeys(line["ms"], line["ms"][NO_OP])
             for line in lines
         }

@@ -115,7 +115,8 @@ def _merged(kept: list[Kept], *, fresh: bool) -> dict[str, Tensor]:
         total = torch.stack([each["carry"].float() for each in kept]).sum(0)
         merged["carry"] = (torch.zeros_like(total) if fresh else total).to(kept[0]["carry"].dtype)
     if "square" in kept[0]:
-        merged["square"] = torch.stack([each["square"] for each in kept]).mean(0)
+        mean = torch.stack([each["square"].double() for each in kept]).mean(0)  # the sum may be beyond float32
+        merged["square"] = mean.to(kept[0]["square"].dtype)
     return merged
 
 

@@ -282,13 +282,14 @@ class Voter:
         return found
 
     def keep(self, row: int, kept: Mapping[str, Tensor]) -> None:
-        """Take up what `kept` returned."""
+        """Take up what `kept` returned; what was kept in another dtype is rounded to the nearest."""
         self.stats[row] = kept["stats"].to(self.stats.device)
         if self.memory is not None:
             part = self._part(row)
             self.memory.carry[:, part] = kept["carry"].to(self.stats.device)
             if self.memory.square is not None:
-                self.memory.square[:, part] = kept["square"].to(self.stats.device)
+                most = torch.finfo(self.memory.square.dtype).max  # of float32, what is larger would become infinite
+                self.memory.square[:, part] = kept["square"].to(self.stats.device).clamp(max=most)
 
 
 def _is_wide(caps: IntArray, layout: Layout) -> bool:

@@ -158,8 +158,8 @@ def test_it_compiles_and_rounds_as_the_reference_does(
             assert "div.rn.f32" in code and re.search(r"sqrt\.rn\S*\.f32", code), key
 
 
-def test_sizes_that_move_from_step_to_step_compile_nothing_anew() -> None:
-    from distsign.kernels import triton_sparse
+def test_numbers_that_move_from_step_to_step_compile_nothing_anew() -> None:
+    from distsign.kernels import triton_sparse, triton_voter
 
     sizes = {"num_slots", "num_high_bits", "low_bits", "num_bytes", "num_bits"}
     for kernel, free, unaligned in (
@@ -167,6 +167,7 @@ def test_sizes_that_move_from_step_to_step_compile_nothing_anew() -> None:
         (triton_sparse.decode_kernel, {*sizes, "sign_at"}, {"body"}),
         (triton_sparse.padding_kernel, {"num_bytes", "last", "num_high_bits", "width"}, {"body"}),
         (triton_sparse.ones_kernel, {"num_bits"}, {"source"}),
+        (triton_voter.carry_kernel, {"dither"}, set()),
     ):
         assert {param.name for param in kernel.params if param.do_not_specialize} == free
         assert {param.name for param in kernel.params if param.do_not_specialize_on_alignment} == unaligned

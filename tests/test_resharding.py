@@ -80,6 +80,18 @@ def test_what_nodes_keep_is_conserved_in_sum(old: int, old_per_node: int, new: i
     assert {(s["num_voters"], s["ranks_per_node"]) for s in after} == {(new // new_per_node, new_per_node)}
 
 
+def test_the_mean_of_the_largest_squares_is_finite() -> None:
+    """Though the sum of two is beyond float32."""
+    before = states_of(3)
+    largest = torch.finfo(torch.bfloat16).max
+    for rank, state in enumerate(before):
+        for kept in state["voter"].values():
+            kept["square"] = torch.full_like(kept["square"], (largest, largest, 1.0)[rank]).bfloat16()
+    expected = torch.tensor(2 * largest / 3).bfloat16()
+    for kept in reshard(before, 1)[0]["voter"].values():
+        assert kept["square"].dtype == torch.bfloat16 and (kept["square"] == expected).all()
+
+
 def test_states_as_they_were_come_back() -> None:
     for per_node in (1, 2):
         before = states_of(4, per_node)

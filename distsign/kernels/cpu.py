@@ -96,7 +96,7 @@ def pack_carry(  # noqa: D103
 ) -> tuple[Tensor, Tensor]:
     counts = torch.zeros(rule.thresholds.numel(), dtype=torch.int64)
     corrections = torch.ones_like(rule.thresholds) if rule.corrections is None else rule.corrections
-    square = memory.carry[:, :0].contiguous() if memory.square is None else memory.square
+    square = memory.carry.new_zeros(2, 0) if memory.square is None else memory.square
     finite = jit_carry.pack_carried(
         grad.numpy().view(np.uint32),
         spans.start,

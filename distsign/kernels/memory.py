@@ -55,7 +55,7 @@ def dither_at(step: int) -> int:
 
     A running mean of decay 0.99 moves by less than that bit in most steps: rounded to the nearest it would stand still.
     With the multiples of the golden ratio, which lie evenly in any number of steps, it is right on average, and needs
-    no random numbers.
+    no random numbers. (`rotating_starts` goes round by the same; what a cap leaves out has no part in the squares.)
 
     Example:
         >>> [dither_at(step) for step in (0, 1, 2)]

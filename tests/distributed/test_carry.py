@@ -55,7 +55,9 @@ def test_at_every_world_size(rank_pool: Pools, world_size: int) -> None:
     assert len(set(rank_pool(world_size).run(jobs.train_carry_against_oracle, case))) == 1
 
 
-@pytest.mark.parametrize("name", ["planes, both carries", "planes, standing", "budget", "sizes by what was seen"])
+@pytest.mark.parametrize(
+    "name", ["planes, both carries", "planes, standing", "budget", "sizes by what was seen", "bf16"]
+)
 def test_a_poisoned_step_leaves_no_trace(rank_pool: Pools, name: str) -> None:
     assert len(set(rank_pool(3).run(jobs.train_carry_against_oracle, CASES[name], (0, 2, 3)))) == 1
 
