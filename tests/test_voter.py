@@ -382,3 +382,15 @@ def test_wide_caps_leave_what_settling_vote_by_vote_leaves(
         assert crowded.any() == (share < 1) and not crowded.all()
     for ours, theirs in zip(*found, strict=True):
         assert all(map(torch.equal, ours, theirs))
+
+
+def test_what_float32_kept_is_finite_in_bfloat16() -> None:
+    """Largest squares, rounded to the nearest, would be infinite; all else is what bfloat16 has nearest to it."""
+    wide, narrow = (Worker(RMSConfidence(k=2.0), carry=dtype).voter for dtype in (torch.float32, torch.bfloat16))
+    kept = wide.kept(1)
+    kept["square"] = torch.linspace(0.0, 1.0, 70)
+    kept["square"][3] = torch.finfo(torch.float32).max
+    narrow.keep(1, kept)
+    found = narrow.kept(1)["square"]
+    kept["square"][3] = torch.finfo(torch.bfloat16).max
+    assert found.dtype == torch.bfloat16 and torch.equal(found, kept["square"].bfloat16())
