@@ -26,6 +26,7 @@ _EXPONENT_ONE = np.uint32(0x00800000)
 _TOP = np.uint32(0x80000000)
 _1 = np.uint64(1)
 _GROUP = 64  # elements, four rows of lanes
+_AHEAD = 64  # rows between what is looked at and what is fetched into the nearest cache meanwhile
 
 
 @intrinsic
@@ -36,12 +37,18 @@ def _nonzeros(typing_context, x, at, largest):
         word, wide = ir.IntType(32), ir.IntType(64)
         vector = ir.VectorType(word, LANES)
         zero, magnitudes = ir.Constant(vector, None), ir.Constant(vector, [0x7FFFFFFF] * LANES)
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        to_read = [ir.Constant(word, number) for number in (0, 3, 1)]
         pointers = []
         for array, index in ((0, args[1]), (2, ir.Constant(wide, 0))):
             data = context.make_array(signature.args[array])(context, builder, args[array]).data
             pointers.append(builder.bitcast(builder.gep(data, [index]), vector.as_pointer()))
         most, found = builder.load(pointers[1], align=4), ir.Constant(wide, 0)
         for i in range(_GROUP // LANES):
+            ahead = builder.gep(pointers[0], [ir.Constant(wide, _AHEAD + i)])  # beyond the end it does nothing
+            builder.call(prefetch, [builder.bitcast(ahead, byte), *to_read])
             row = builder.load(builder.gep(pointers[0], [ir.Constant(wide, i)]), align=4)
             magnitude = builder.and_(row, magnitudes)
             most = builder.select(builder.icmp_signed(">", magnitude, most), magnitude, most)
