@@ -77,9 +77,10 @@ def test_a_resumed_run_repeats_an_unbroken_one(rank_pool: Pools, name: str) -> N
         replace(CARRY, options={"owner_carry": True}),
         replace(CARRY, options={"owner_carry": "standing"}),
         replace(CARRY, options={"bits_per_param": 0.3, "owner_carry": True}),
+        replace(CARRY, options={"carry_dtype": torch.bfloat16}),
         Case(options={"carry": True}),
     ],
-    ids=["sizes by what was seen", "owner carry", "standing", "budget", "adaptive"],
+    ids=["sizes by what was seen", "owner carry", "standing", "budget", "bf16", "adaptive"],
 )
 def test_a_resumed_run_in_nodes_repeats_an_unbroken_one(rank_pool: Pools, case: Case) -> None:
     """Each rank of a node keeps its own share, which is known before ranks have met."""
