@@ -154,12 +154,13 @@ def _report_parts(
     parts |= {name: [row for row in rows if row["name"] == name] for name in {**SIMULATED, **HIERARCHICAL}}
     parts |= {each.rate: [row for row in rows if each.rate in row["setting"].split()] for each in settings}
     drifts = {each.key: results.drift(each) for each in settings if results.is_complete(each)}
-    if any(drift is not None for drift in drifts.values()):
+    told = any(drift is not None for drift in drifts.values())
+    if told:
         for of, steady in (("a steady machine", True), ("one that had changed", False), ("not known", None)):
             keys = {key for key, drift in drifts.items() if steady == (None if drift is None else abs(drift) <= STEADY)}
             parts[of] = [row for row in rows if row["setting"] in keys]
     note = "quick: without whole steps, as calibrate --quick has it"
-    if any(drift is not None for drift in drifts.values()):
+    if told:
         note += f". Steady: fixed work took as long as right after the calibration, to {STEADY:.0%}"
     if options.earlier:
         shared, difference, beside = differences(results, Results(Path(options.earlier)))
