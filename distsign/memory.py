@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from importlib.util import find_spec
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["keep_freed_memory", "pages_taken"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 _NEVER = -1
@@ -33,3 +34,16 @@ def keep_freed_memory() -> bool:
     # A block that has a mapping of its own (from 128 KiB on, and always above 32 MiB), or the end of the heap of a
     # thread, is given back at once: there shall be neither.
     return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_ARENA_MAX, 1), mallopt(_M_TRIM_THRESHOLD, _NEVER)])
+
+
+def pages_taken() -> int:
+    """Return how many pages this process has been given so far; 0 where the system does not say (Windows).
+
+    While it still takes some, what a call costs is not what it will cost: the first touch of 16 MB took 8 to 80 ms on
+    two virtual machines, where PowerSGD's whole work on them takes 14.
+    """
+    if find_spec("resource") is None:
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

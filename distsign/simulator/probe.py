@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from distsign.collectives import all_gather_into, all_to_all
+from distsign.memory import pages_taken
 
 __all__ = ["Call", "Ranks", "Timing", "joined_ranks", "num_ranks"]
 
@@ -27,6 +28,9 @@ all ranks together brought predictions no nearer."""
 _WARM_UP = 3
 """Calls that do not count: until then what is freed lies where the next call does not find it, and new memory costs as
 much as the work (PowerSGD's hook on 16 M components: 119, 99, 76, then 60 ms)."""
+_FEW_PAGES = 256
+"""That a rank may take from the system in a call that counts: 1 MiB. In four of eleven calibrations PowerSGD's hook on
+4 M components still took 16 MB after the calls above, which made it 33 to 55 ms instead of 14."""
 _LEAST_REPEATS, _ENOUGH_S = 3, 0.5
 _ROW_S, _LONGEST_ROW = 0.03, 20
 _DTYPES = {"all_reduce_fp32": torch.float32, "all_reduce_bf16": torch.bfloat16, "all_reduce_fp16": torch.float16}
@@ -134,7 +138,6 @@ class Ranks:
         alone: bool = False,
         takes_part: bool = True,
         cold: bool = False,
-        enough_s: float = _ENOUGH_S,
     ) -> Timing:
         """Time a call that all ranks begin together.
 
@@ -144,34 +147,63 @@ class Ranks:
             alone: rank 0 runs it while the others wait.
             takes_part: whether this rank runs it.
             cold: caches are emptied before each time, as the rest of a step does it.
-            enough_s: what "long" is: all times that count together.
         """
-        walls: list[float] = []
-        cpus: list[float] = []
-        mine = takes_part and (not alone or self.rank == 0)
-        for index in range(-_WARM_UP, repeats):
-            if index >= _LEAST_REPEATS and sum(walls) > enough_s:  # the same on all ranks
-                break
-            if cold:
-                self._rest_of_a_step.add_(1)
+        takes_part = takes_part and (not alone or self.rank == 0)
+        (found,) = self.time_in_turn([run], repeats, takes_part=takes_part, cold=cold)
+        return found
+
+    def time_in_turn(
+        self,
+        runs: Sequence[Callable[[], object]],
+        repeats: int,
+        *,
+        takes_part: bool = True,
+        cold: bool = False,
+        enough_s: float = _ENOUGH_S,
+    ) -> list[Timing]:
+        """Time calls one after the other, again and again, so that a machine that slows down does so for all of them.
+
+        Calls do not count while memory is new to a rank: for the first few, and after them as long as pages are taken.
+
+        Args:
+            runs: what is timed.
+            repeats: see `time`.
+            takes_part: see `time`.
+            cold: see `time`.
+            enough_s: fewer repeats will do once all times that count have taken so long; and no longer is waited, after
+                the first few, for ranks to take no more pages.
+        """
+        rows: list[list[tuple[float, float, float]]] = []
+        counted_s = waited_s = 0.0
+        warm_up = _WARM_UP
+        while len(rows) < repeats and not (len(rows) >= _LEAST_REPEATS and counted_s > enough_s):  # alike on all ranks
+            row = [self._once(run, takes_part, cold) for run in runs]
+            row_s = sum(wall_s for wall_s, _, _ in row)
+            if warm_up > 0:
+                warm_up -= 1
+            elif max(pages for _, _, pages in row) > _FEW_PAGES and waited_s < enough_s:
+                waited_s += row_s
+            else:
+                rows.append(row)
+                counted_s += row_s
+        return [Timing(float(wall_s), float(cpu_s)) for wall_s, cpu_s, _ in np.median(rows, axis=0)]
+
+    def _once(self, run: Callable[[], object], takes_part: bool, cold: bool) -> tuple[float, float, float]:
+        """Return a call's time on the slowest rank, its processor's time on the mean rank, and the most pages taken."""
+        if cold:
+            self._rest_of_a_step.add_(1)
+        self.synchronize()
+        dist.barrier()
+        pages, begin, cpu = pages_taken(), time.perf_counter(), time.process_time()
+        if takes_part:
+            run()
             self.synchronize()
-            dist.barrier()
-            begin, cpu = time.perf_counter(), time.process_time()
-            if mine:
-                run()
-                self.synchronize()
-            spent = torch.tensor(
-                [time.perf_counter() - begin if mine else 0.0, time.process_time() - cpu if mine else 0.0, float(mine)],
-                dtype=torch.float64,
-                device=self.device,
-            )
-            slowest, total = spent.clone(), spent
-            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-            dist.all_reduce(total)
-            if index >= 0:
-                walls.append(float(slowest[0]))
-                cpus.append(float(total[1] / total[2]))
-        return Timing(median(walls), median(cpus))
+        spent = [time.perf_counter() - begin, time.process_time() - cpu, pages_taken() - pages, 1.0]
+        slowest = torch.tensor(spent, dtype=torch.float64, device=self.device) * takes_part
+        total = slowest.clone()
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(total)
+        return float(slowest[0]), float(total[1] / total[3]), float(slowest[2])
 
     def call(self, kind: str, num_bytes: int, group_name: str, repeats: int) -> Call:
         """Time a collective.

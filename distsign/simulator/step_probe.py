@@ -105,17 +105,19 @@ def in_step_factors(
     for net in _NETS:
         with torch.device("meta"):
             model = Model.of(net.make())
-        alone = _timed(net, None, ranks, repeats)
-        for text in _schemes(ranks):
-            scheme = Scheme.parse(text)
-            predicted = _step(model, scheme, ranks, profile, alone.wall_s)
-            if predicted is None:
-                pass  # on many ranks a small model is too small for a budget
-            elif net is _NETS[0] or ranks.agreed(predicted.on().step_s) <= longest_s:
-                whole = _timed(net, scheme, ranks, repeats)
-                factors = likeliest(predicted, whole.wall_s, whole.cpu_s - alone.cpu_s)
-                found.setdefault(scheme.name, []).append(factors)
-            advance()
+        with _training(net, None, ranks) as forward_and_backward:
+            compute_s = ranks.time(forward_and_backward, repeats).wall_s
+            for text in _schemes(ranks):
+                scheme = Scheme.parse(text)
+                predicted = _step(model, scheme, ranks, profile, compute_s)
+                if predicted is None:
+                    pass  # on many ranks a small model is too small for a budget
+                elif net is _NETS[0] or ranks.agreed(predicted.on().step_s) <= longest_s:
+                    alone, whole = _timed(forward_and_backward, net, scheme, ranks, repeats)
+                    predicted.compute_s = alone.wall_s
+                    factors = likeliest(predicted, whole.wall_s, whole.cpu_s - alone.cpu_s)
+                    found.setdefault(scheme.name, []).append(factors)
+                advance()
     return {name: tuple(points) for name, points in found.items()}
 
 
@@ -173,11 +175,16 @@ def _bucket_mb(scheme: Scheme | None) -> float:
     return _ONE_BUCKET_MB if scheme is not None and scheme.name == "powersgd" else _BUCKET_MB
 
 
-def _timed(net: _Net, scheme: Scheme | None, ranks: Ranks, repeats: int) -> Timing:
+def _timed(alone: Callable[[], object], net: _Net, scheme: Scheme, ranks: Ranks, repeats: int) -> list[Timing]:
+    """Time forward and backward `alone` and whole steps in turn.
+
+    What the exchange's work is of a step's is the difference of both, and machines of others change by more than that
+    within a minute.
+    """
     with _training(net, scheme, ranks) as step:
         for _ in range(_WARM_UP):
             step()
-        found = ranks.time(step, _STEPS * repeats, enough_s=_ENOUGH_S)
+        found = ranks.time_in_turn([alone, step], _STEPS * repeats, enough_s=_ENOUGH_S)
     gc.collect()  # a model and its hook hold each other
     return found
 
