@@ -1,8 +1,9 @@
 """What do the checks cost: checksum, caps on density and poison, and the comparison of replicas?
 
 The same vote is taken without checks, with each of them and with all, step by step in turn on the same ranks; without
-checks twice, by two trainers alike: by how much these two differ is the noise. Comparing replicas falls due every
-100 steps, and is timed apart. Beside the clock's time stands that of all ranks' processors, which does not count what
+checks twice, by two trainers alike: what these two differ by is noise, and checks are held against the mean of both.
+How far the figure of all checks is to be trusted stands beside it, as a standard error. Comparing replicas falls due
+every 100 steps, and is timed apart. Beside the clock's time stands that of all ranks' processors, which does not count what
 others do on the machine, nor waiting. `python -m benchmarks.checks` (root, for the lab).
 """
 
@@ -13,13 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch.distributed as dist
 
 from benchmarks import ranks
-from benchmarks.common import Column, Report, Row, parser, summary
+from benchmarks.common import Column, Report, Row, error_of_median, parser, summary
 from benchmarks.step_schemes import Trainer, linear_layers, scheme, settings_of
 from distsign import ReplicaCheck
 
@@ -45,6 +46,7 @@ def table(ms: str, checks: Sequence[str]) -> tuple[Column, ...]:
         Column("spread", "quartiles", ".0%"),
         Column("rounds", "steps", "d"),
         *(Column(name, name, "+.2%") for name in checks if name != "none"),
+        Column("error", "± of all", ".2%"),
         Column("replicas_ms", "ms/comparison", ".1f"),
         Column("replicas", "of 100 steps", "+.2%"),
         Column("together", "together", "+.2%"),
@@ -90,9 +92,14 @@ def _timed(run: Callable[[], object]) -> list[float]:
 def row_of(name: str, times: dict[str, list[float]]) -> Row:
     """Return a scheme's row: medians of the steps' times, of their differences, and of comparisons of replicas."""
     row: Row = {"name": name, **summary(times["none"])}
+    without = [mean(both) for both in zip(times["none"], times.get("none again", times["none"]), strict=True)]
     for checks in [each for each in times if each != "replicas"]:
         # Neighbours in time are compared, so that a machine that slows down slows both.
-        row[checks] = median(b - a for a, b in zip(times["none"], times[checks], strict=True)) / row["ms"]
+        beside = times["none"] if checks == "none again" else without
+        longer = [b - a for a, b in zip(beside, times[checks], strict=True)]
+        row[checks] = median(longer) / row["ms"]
+        if checks == "all":
+            row["error"] = error_of_median(longer) / row["ms"]
     row["replicas_ms"] = median(times["replicas"])
     row["replicas"] = row["replicas_ms"] / (EVERY * row["ms"])
     return {**row, "together": row["all"] + row["replicas"]}
