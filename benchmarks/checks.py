@@ -3,8 +3,8 @@
 The same vote is taken without checks, with each of them and with all, step by step in turn on the same ranks; without
 checks twice, by two trainers alike: what these two differ by is noise, and checks are held against the mean of both.
 How far the figure of all checks is to be trusted stands beside it, as a standard error. Comparing replicas falls due
-every 100 steps, and is timed apart. Beside the clock's time stands that of all ranks' processors, which does not count what
-others do on the machine, nor waiting. `python -m benchmarks.checks` (root, for the lab).
+every 100 steps, and is timed apart. Beside the clock's time stands that of all ranks' processors, which does not count
+what others do on the machine, nor waiting. `python -m benchmarks.checks` (root, for the lab).
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import mmap
+import time
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from distsign import RMSConfidence, SignVoteState, sign_vote_hook
 from distsign.rivals import make_rival
 from distsign.simulator import Cluster, Link, Model, Scheme, Step
 from distsign.simulator.calibrate import calibrate
+from distsign.simulator.probe import Ranks
 
 from .oracle import Net, batch
 
@@ -78,3 +81,23 @@ def calibrated(rank: int, world_size: int, whole_steps: bool = True) -> dict[str
         "bandwidth": profile.bandwidth_bytes_per_s,
         "in_step": {name: [vars(point) for point in points] for name, points in profile.in_step.items()},
     }
+
+
+def timed_while_memory_is_new(rank: int, world_size: int, num_in_vain: int, enough_s: float) -> tuple[int, list[float]]:
+    """Time in turn a call of next to nothing, for which rank 1 at first takes new pages, and one of 20 ms.
+
+    Returns:
+        How often the first was called, and the seconds that either took.
+    """
+    ranks, kept = Ranks(1, world_size), []
+
+    def quick() -> None:
+        kept.append(mmap.mmap(-1, 4 << 20) if rank == 1 and len(kept) < num_in_vain else None)
+        if kept[-1] is not None:
+            for start in range(0, 4 << 20, mmap.PAGESIZE):
+                kept[-1][start] = 1
+            time.sleep(0.05)
+
+    found = ranks.time_in_turn([quick, lambda: time.sleep(0.02)], 5, enough_s=enough_s)
+    ranks.close()
+    return len(kept), [timing.wall_s for timing in found]

@@ -59,3 +59,15 @@ def test_calibrate_without_whole_steps(rank_pool: Pools) -> None:
     found = rank_pool(4).run(jobs.calibrated, False, deadline_s=150)[0]
     assert found["bandwidth"] > 0
     assert not found["in_step"]
+
+
+def test_calls_do_not_count_while_any_rank_takes_new_pages(rank_pool: Pools) -> None:
+    for count, (quick_s, other_s) in rank_pool(2).run(jobs.timed_while_memory_is_new, 7, 10.0):
+        assert count == 7 + 5  # the first three in any case
+        assert quick_s < 0.02 <= other_s
+
+
+def test_new_pages_without_end_are_waited_for_no_longer_than_is_enough(rank_pool: Pools) -> None:
+    for count, (quick_s, _) in rank_pool(2).run(jobs.timed_while_memory_is_new, 1000, 0.2):
+        assert 3 + 3 <= count < 3 + 5 + 5
+        assert quick_s > 0.05
