@@ -205,7 +205,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="about how long collectives may take, beside kernels and steps (10)"
     )
-    quick = "leave out whole steps, most of the time on CPUs; predictions are then about twice as far off"
+    quick = "leave out whole steps, most of the time on CPUs; predictions are then 1.4 to 2 times as far off"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.set_defaults(run=_calibrate)
 

@@ -39,8 +39,8 @@ def keep_freed_memory() -> bool:
 def pages_taken() -> int:
     """Return how many pages this process has been given so far; 0 where the system does not say (Windows).
 
-    While it still takes some, what a call costs is not what it will cost: the first touch of 16 MB took 8 to 80 ms on
-    two virtual machines, where PowerSGD's whole work on them takes 14.
+    While it still takes some, what a call costs is not what it will cost: the first touch of 16 MB took 8 to 90 ms on
+    a virtual AMD EPYC, the more the more ranks did so, where PowerSGD's whole work on them takes 14.
     """
     if find_spec("resource") is None:
         return 0

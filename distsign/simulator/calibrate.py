@@ -88,7 +88,7 @@ def calibrate(
         repeats: of each measurement, of which the median counts, of steps three times as many; fewer of what takes
             long.
         whole_steps: whether steps of small models are timed too, on CPUs. They take most of the time. Without them
-            predictions were about twice as far off, and of hierarchical votes 20 to 50 % too long
+            predictions were 1.4 to 2 times as far off, and of hierarchical votes 20 to 70 % too long
             (`benchmarks/results/simulator`).
 
     Returns:

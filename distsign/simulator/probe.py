@@ -29,8 +29,9 @@ _WARM_UP = 3
 """Calls that do not count: until then what is freed lies where the next call does not find it, and new memory costs as
 much as the work (PowerSGD's hook on 16 M components: 119, 99, 76, then 60 ms)."""
 _FEW_PAGES = 256
-"""That a rank may take from the system in a call that counts: 1 MiB. In four of eleven calibrations PowerSGD's hook on
-4 M components still took 16 MB after the calls above, which made it 33 to 55 ms instead of 14."""
+"""That a rank may take from the system in a call that counts: 1 MiB. After the calls above, PowerSGD's hook on 4 M
+components was seen to take 16 MB once more; four of eleven calibrations put it at 33 to 55 ms, and none since at more
+than 15 (`benchmarks/results/simulator`)."""
 _LEAST_REPEATS, _ENOUGH_S = 3, 0.5
 _ROW_S, _LONGEST_ROW = 0.03, 20
 _DTYPES = {"all_reduce_fp32": torch.float32, "all_reduce_bf16": torch.bfloat16, "all_reduce_fp16": torch.float16}
