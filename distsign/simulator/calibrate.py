@@ -82,7 +82,7 @@ def calibrate(
             that all share a machine do not use it: of that link the profile has no more than this figure.
         ranks_per_node: consecutive ranks that share a link; None: `LOCAL_WORLD_SIZE`.
         ranks_per_machine: consecutive ranks that share cores; None: `LOCAL_WORLD_SIZE`.
-        seconds: about how long collectives may take; kernels and whole steps come on top, one to four minutes together
+        seconds: about how long collectives may take; kernels and whole steps come on top, one to five minutes together
             on two cores that 2 to 8 ranks share. On slow links, large messages are left out, and large models where a
             step would take more than a twelfth of this time.
         repeats: of each measurement, of which the median counts, of steps three times as many; fewer of what takes
