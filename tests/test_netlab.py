@@ -208,16 +208,24 @@ def test_a_machine_without_root_or_tools_is_told_so(
 
 @needs_lab
 def test_measured_throughput_is_the_asked_rate_in_both_directions(lab: Lab, transfer: str) -> None:
+    size, rate = 3_000_000, 100e6
+
+    def fastest(bits: int, shaped: slice) -> list[float]:
+        """Transfer until the rate is as asked: a busy machine makes tries too slow. None may be too fast."""
+        tries: list[list[float]] = []
+        while len(tries) < 12:
+            tries.append(seconds(lab, transfer, size))
+            measured = bits / max(tries[-1][shaped])
+            assert measured < 1.15 * rate
+            if measured > 0.85 * rate:
+                return [min(sender) for sender in zip(*tries, strict=True)]
+        raise AssertionError(f"12 tries below 85 % of the rate, the last at {measured / 1e6:.1f} Mbit/s: {tries} s")
+
     lab.set_rate("all", "100mbit")
-    size = 3_000_000
-    # Two senders share the receiver's link. Of three tries the fastest counts: a link that is too fast shows in it, and
-    # a machine that is busy for a moment does not.
-    slowest_s = min(max(seconds(lab, transfer, size)) for _ in range(3))
-    assert 2 * size * 8 / slowest_s == pytest.approx(100e6, rel=0.15)
+    fastest(2 * size * 8, slice(None))  # two senders share the receiver's link
     lab.set_rate(0, "none")
     lab.set_rate(2, "none")
-    shaped_s, free_s = map(min, zip(*(seconds(lab, transfer, size) for _ in range(3)), strict=True))
-    assert size * 8 / shaped_s == pytest.approx(100e6, rel=0.15)
+    shaped_s, free_s = fastest(size * 8, slice(1))
     assert free_s < shaped_s / 2
 
 
