@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -216,24 +216,13 @@ class Link:
         Raises:
             LinkError: on the CPU, within the group's timeout, if they do not get through; it names `what`, and ranks.
         """
-        return self._begin(source, send, receive, what)()
-
-    def _begin(self, source: Tensor, send: list[int], receive: list[int], what: str) -> Callable[[], Tensor]:
         if self.group is None:
-            return lambda: source.reshape(-1)
+            return source.reshape(-1)
         target = source.new_empty(sum(receive))
-        began = time.monotonic()
-        with self._watch(what, began):
-            works = begin_all_to_all(target, source, receive, send, self.group)
+        with self._watch(what):
+            all_to_all(target, source, receive, send, self.group)
         self._count(source, sum(send) - send[self.rank], sum(receive) - receive[self.rank])
-
-        def arrived() -> Tensor:
-            with self._watch(what, began):
-                for work in works:
-                    work.wait()
-            return target
-
-        return arrived
+        return target
 
     def share(self, source: Tensor, receive: Sequence[int], what: str = "an exchange") -> Tensor:
         """Return `source` of all ranks, of `receive[k]` elements each, one after the other.
@@ -243,15 +232,6 @@ class Link:
         """
         rows = source.expand(self.world_size, -1)
         return self.all_to_all(rows, [source.numel()] * self.world_size, list(receive), what)
-
-    def begin_share(self, source: Tensor, receive: Sequence[int], what: str = "an exchange") -> Callable[[], Tensor]:
-        """Begin `share`. What is returned must be called: it waits, and returns what `share` does.
-
-        Raises:
-            LinkError: see `all_to_all`; also from what is returned.
-        """
-        rows = source.expand(self.world_size, -1)
-        return self._begin(rows, [source.numel()] * self.world_size, list(receive), what)
 
     def all_gather(self, source: Tensor, what: str = "an exchange") -> Tensor:
         """Return `source` of all ranks, one row each.
@@ -287,8 +267,8 @@ class Link:
         self.received_bytes += received * source.itemsize
 
     @contextlib.contextmanager
-    def _watch(self, what: str, began: float | None = None) -> Iterator[None]:
-        began = time.monotonic() if began is None else began
+    def _watch(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
         try:
             yield
         except RuntimeError as error:

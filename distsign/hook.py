@@ -69,11 +69,11 @@ class SignVoteState:
         ranks_per_node: consecutive ranks that make a node, with `exchange="hierarchical"`. None: `LOCAL_WORLD_SIZE`,
             which torchrun sets; required with a process group of its own.
         checksum: end each payload with 4 bytes of XXH3 and hold it to them on arrival. A payload that was damaged on
-            its way is then an error on all ranks in that same step, which names who wrote and who got it, and no rank
-            takes the step; on CUDA, where the host waits for nothing, no rank takes the step and `traffic()` raises.
-            Else a damaged payload may still be one, of other votes. Costs those 4 bytes and, at the end of a step, one
-            small all-gather. Not covered are the gradients that a node averages among itself, and what never leaves a
-            rank.
+            its way is then an error at once on the rank that got it, which names who wrote it, and does not take the
+            step; the others end as where a rank dies. On CUDA, where the host waits for nothing, no rank takes the step
+            and `traffic()` raises; there all ranks tell each other at the end of a step, in one small all-gather.
+            Else a damaged payload may still be one, of other votes. Not covered are the gradients that a node averages
+            among itself, and what never leaves a rank.
         max_density: largest share of the components of an owner's shard on which a worker may vote. An owner counts
             the votes itself and treats a denser payload as abstentions, so that liars cannot outvote honest workers by
             voting where these abstain. Honest workers keep to it by themselves, parameter by parameter: what has no
@@ -82,10 +82,10 @@ class SignVoteState:
         max_poison_streak: leave a worker out that has sent poison (NaN, infinity) in so many steps in a row, until it
             has sent none for as many: its ballots are abstentions and its poison is ignored. It is named by a warning
             of `logging` and in `traffic()`. Take 20 or more with a `GradScaler`, which may need 17 steps to find its
-            scale. Steps that half of the workers or more poison do not count. Costs one small all-gather a step, but
-            for `exchange="all_gather"`, where alone it holds against liars: else owners are believed, who may accuse
-            others. None: a NaN on one rank is taken seriously for ever, as without liars it
-            should be.
+            scale. Steps that half of the workers or more poison do not count. Costs one small all-gather in each step
+            with poison, on CUDA in all, but for `exchange="all_gather"`, where alone it holds against liars: else
+            owners are believed, who may accuse others. None: a NaN on one rank is taken seriously for ever, as without
+            liars it should be.
 
     Attributes:
         loss_scale: None, a number, or a `torch.amp.GradScaler`: the factor that the loss, and so the gradient, carries.

@@ -1,8 +1,8 @@
-"""What a rank holds payloads against, and how all ranks learn what any of them has seen amiss in a step."""
+"""What a rank holds payloads against, and how all ranks learn what some of them have seen amiss in a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,12 @@ __all__ = ["Inspection"]
 
 
 class Inspection:
-    """Look at each payload that comes, and tell the others of it at the end of a step.
+    """Look at each payload that comes, and learn at the end of a step what others have seen.
 
-    A rank calls, in each step, `check` and `require` as payloads come, `tell` after the last of them, and `agree`.
+    A rank calls, in each step, `check` and `require` as payloads come, and `agree` after the last of them.
 
-    On the CPU what cannot be read is an error at once, and damage one in `agree`. On CUDA, where that would wait for
-    the device, both poison the step, and `raise_if_mismatched` reports them later.
+    On the CPU what cannot be read, or came damaged, is an error at once, on the rank that it came to. On CUDA, where
+    that would wait for the device, both poison the step, and `raise_if_mismatched` reports them later.
 
     Args:
         ranks: link among all ranks.
@@ -38,10 +38,9 @@ class Inspection:
     ) -> None:
         self._ranks, self._voters, self._node, self._admission = ranks, voters, node, admission
         self._checksum, self._tells_poison = checksum, tells_poison
-        # Of this step: 1 + the rank that wrote a payload which came here damaged, or 0.
-        self._damage = torch.zeros((), dtype=torch.int64)
-        self._word: Callable[[], Tensor] | None = None  # of all voters on this step, on its way
-        self._mismatch: Tensor | None = None  # on CUDA: whether anything was amiss so far
+        # On CUDA: whether a payload came here damaged in this step, and whether anything was amiss so far.
+        self._damage = torch.zeros((), dtype=torch.bool)
+        self._mismatch: Tensor | None = None
 
     # ---------------------------------------------------------------------------------------------- as payloads come
 
@@ -60,13 +59,16 @@ class Inspection:
             bool `[num_rows, num_owners]`.
 
         Raises:
-            PayloadError: on the CPU, if a header is another than expected. On CUDA all payloads are flagged then.
+            PayloadError: on the CPU, if a payload came damaged, or a header is another than expected. On CUDA all
+                payloads are flagged then.
         """
         on_cpu = rows.device.type == "cpu"
         if self._checksum:
             damaged = find_damaged(rows, [form.sizes[owner] for owner in owners], own)
-            if not on_cpu or damaged.any():
-                self._note_damage(form, damaged, column)
+            if on_cpu:
+                self._require_undamaged(form, damaged, owners, column)
+            else:
+                self._damage = self._damage.to(damaged.device) | damaged.any()
         else:
             damaged = rows.new_zeros(rows.shape[0], len(owners), dtype=torch.bool)
         if on_cpu and form.has_usual_headers(rows, owners):
@@ -103,14 +105,17 @@ class Inspection:
             )
         return poisoned
 
-    def _note_damage(self, form: Form, damaged: Tensor, column: int) -> None:
-        """Remember for `tell` a rank whose payload came damaged, bool `[num_rows, num_owners]` as of `check`."""
-        num_voters, ranks_per_node = self._voters.world_size, self._node.world_size
-        writers = form.layout.table(
-            ("writers", column), lambda: [1 + k * ranks_per_node + column for k in range(num_voters)], damaged.device
+    def _require_undamaged(self, form: Form, damaged: Tensor, owners: Sequence[int], column: int) -> None:
+        """Raise if any payload came damaged, bool `[num_rows, num_owners]` on the CPU; see `check`."""
+        if not damaged.any():  # nearly always
+            return
+        row, k = damaged.nonzero()[0].tolist()
+        writer = (owners[k] if form.verdict else row) * self._node.world_size + column
+        raise PayloadError(
+            f"a payload that rank {writer} wrote did not reach rank {self._ranks.rank} as it was written: its checksum "
+            "does not match. This rank has left the step out; go on from a checkpoint, and look at the link between "
+            "these ranks and at their memory"
         )
-        of_each = damaged * (writers if form.verdict else writers.unsqueeze(1))
-        self._damage = torch.maximum(self._damage.to(damaged.device), of_each.max())
 
     def _remember(self, bad: Tensor) -> Tensor:
         self._mismatch = bad if self._mismatch is None else self._mismatch | bad
@@ -118,81 +123,46 @@ class Inspection:
 
     # ---------------------------------------------------------------------------------------- at the end of a step
 
-    def tell(self) -> None:
-        """Send word to all ranks of what this one has seen in the step, whose last payloads it has just read.
+    def agree(self, poisoned: Tensor) -> Tensor:
+        """Let all ranks learn, at the end of a step, who sent poison to anybody, and on CUDA of damage.
 
-        On the CPU it travels while verdicts are written; `agree` waits for that of the others. A rank that fails in
-        between, out of memory say, fails alone: the others end this step, and learn of it in the next.
-        """
-        damage, self._damage = self._damage, torch.zeros_like(self._damage)
-        word = [damage.view(1).view(torch.uint8)] * self._checksum
-        word += [self._admission.seen.to(torch.uint8)] * self._tells_poison
-        if word:
-            mine = torch.cat(word)
-            sizes = [mine.numel()] * self._voters.world_size
-            self._word = self._voters.begin_share(mine, sizes, "word of damage and poison")
+        All must call it. Without it a rank might leave out another worker than others do, or a step: owners know of
+        what came to them alone, and what came damaged to one has reached the others well. Where every rank gets all
+        ballots, none needs to be told who sent poison.
 
-    def agree(self) -> Tensor:
-        """Let all ranks learn, at the end of a step, whose payload came damaged, and who sent poison to anybody.
-
-        All must call it, after `tell`. Without it a rank might take a step that another does not: what came damaged to
-        one has reached the others well. Who floods with poison is left out by all alike; owners know of what came to
-        them alone, and tell; where every rank gets all ballots, none needs to believe it. One message says both.
-
-        Returns:
-            bool scalar tensor, with a checksum on the device of the payloads, alike on all ranks: whether the step
-            must be poisoned.
-
-        Raises:
-            PayloadError: on the CPU, on all ranks alike, if a payload came damaged; it names who wrote it and who got
-                it.
-        """
-        seen, damage = self._admission.seen, torch.zeros_like(self._damage)
-        word, self._word = self._word, None
-        assert (word is None) == (not self._checksum and not self._tells_poison), "agree comes after tell"
-        of_voters = None if word is None else word()
-        if of_voters is not None and not self._says_nothing(of_voters):
-            seen, damage = self._agreed(of_voters.view(self._voters.world_size, -1), seen, damage)
-            if self._checksum:
-                self._require_undamaged(damage)
-        self._admission.commit(seen)
-        return (damage != 0).any()
-
-    def _says_nothing(self, word: Tensor) -> bool:
-        """Return whether nobody has seen anything, as nearly always; False where looking would wait for a device."""
-        return word.device.type == "cpu" and self._node.world_size == 1 and not word.numpy().any()
-
-    def _agreed(self, of_voters: Tensor, seen: Tensor, damage: Tensor) -> tuple[Tensor, Tensor]:
-        """Return who was seen to send poison, and each rank's damage in order of rank; or as given, if not told of it.
+        On the CPU nothing travels in a step without poison, and ranks need not ask whether it was one: whoever counts
+        and sends poison makes its owners' verdicts say so to all.
 
         Args:
-            of_voters: uint8 `[num_voters, any]`, the word of each.
-            seen: bool `[num_voters]`.
-            damage: int64.
-        """
-        split = damage.itemsize * self._checksum
-        told = of_voters[:, split:].amax(0) if self._tells_poison else of_voters[0, :0]
-        in_node = torch.cat([of_voters[:, :split].flatten(), told])
-        of_node = self._node.share(in_node, [in_node.numel()] * self._node.world_size, "word of damage and poison")
-        of_node = of_node.view(self._node.world_size, -1)
-        split *= self._voters.world_size
-        if self._checksum:
-            damage = of_node[:, :split].flatten().view(torch.int64).view(of_node.shape[0], -1).t().flatten()
-        if self._tells_poison:
-            seen = of_node[:, split:].amax(0) != 0
-        return seen, damage
+            poisoned: bool scalar tensor, whether any verdict of the step was; alike on all ranks.
 
-    def _require_undamaged(self, everyones: Tensor) -> None:
-        bad = (everyones != 0).any()
-        if bad.device.type != "cpu":
-            self._remember(bad)
-        elif bad:
-            receiver = int(everyones.ne(0).nonzero()[0])
-            raise PayloadError(
-                f"a payload that rank {int(everyones[receiver]) - 1} wrote did not reach rank {receiver} as it was "
-                "written: its checksum does not match. All ranks have left the step out; go on from a checkpoint, and "
-                "look at the link between these ranks and at their memory"
-            )
+        Returns:
+            bool scalar tensor, on the device of `poisoned`, alike on all ranks: whether a payload came damaged to any,
+            so that the step must be poisoned. Never on the CPU, where that is an error of `check`.
+        """
+        on_cpu = poisoned.device.type == "cpu"
+        seen, damage = self._admission.seen, self._damage.to(poisoned.device)
+        self._damage = torch.zeros_like(damage)
+        if self._has_to_report(poisoned) if on_cpu else self._checksum or self._tells_poison:
+            damage, seen = self._reported(damage, seen)
+            if not on_cpu:
+                self._remember(damage)
+        self._admission.commit(seen)
+        return damage
+
+    def _has_to_report(self, poisoned: Tensor) -> bool:
+        """Return whether ranks on the CPU have to tell each other who sent poison; alike on all of them."""
+        # Of the poison of one that is left out no verdict tells.
+        return self._tells_poison and bool(poisoned or self._admission.left_out.any())
+
+    def _reported(self, damage: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return whether damage came to any rank, and bool `[num_voters]`, who was seen by any to send poison."""
+        report = torch.cat([damage.view(1), seen.to(damage.device)]).to(torch.uint8)
+        for link in (self._voters, self._node):
+            sizes = [report.numel()] * link.world_size
+            report = link.share(report, sizes, "reports of damage and poison").view(link.world_size, -1).amax(0)
+        found = report != 0
+        return found[0], found[1:] if self._tells_poison else seen
 
     def raise_if_mismatched(self) -> None:
         """Raise what was found amiss on CUDA since. Waits for the device.

@@ -261,7 +261,7 @@ class VotePipeline:
         """Exchange a group, write its verdicts into the buckets, and fulfil their futures; never raises."""
         try:
             if self._error is None:
-                self._vote([bucket.gradient for bucket in group], plan, ballots, scale, is_last=is_last)
+                self._vote([bucket.gradient for bucket in group], plan, ballots, scale)
                 if self._in_backward:
                     self._registry.mark_verdicts(row for bucket in group for row in bucket.rows)
                 if is_last:
@@ -290,9 +290,7 @@ class VotePipeline:
         first = f"{names[0]} to {names[-1]}" if len(names) > 1 else "".join(names) or "unnamed"
         return f"{len(group)} bucket(s), {first} ({elements})"
 
-    def _vote(
-        self, gradients: list[Tensor], plan: Plan, ballots: Tensor | None, scale: Tensor, *, is_last: bool
-    ) -> None:
+    def _vote(self, gradients: list[Tensor], plan: Plan, ballots: Tensor | None, scale: Tensor) -> None:
         assert self.exchange is not None
         exchange, column = self.exchange, plan.columns[self.exchange.local_rank]
         if ballots is None:
@@ -302,15 +300,10 @@ class VotePipeline:
         payloads = [exchange.vote(column.ballots, column.verdicts, ballots, self.memory.owner, starts, kernels)]
         if self.options.ranks_per_node > 1:
             payloads = exchange.share_in_node(payloads[0], [each.verdicts.buffer_bytes for each in plan.columns])
-        self.take(gradients, plan, payloads, scale, is_last=is_last)
+        self.take(gradients, plan, payloads, scale)
 
-    def take(
-        self, gradients: list[Tensor], plan: Plan, payloads: list[Tensor], scale: Tensor, *, is_last: bool = False
-    ) -> None:
-        """Write a group's verdicts, of each column those of all its owners, over the gradients of its buckets.
-
-        Of the last group of a step, ranks tell each other what they have seen of damage and poison meanwhile.
-        """
+    def take(self, gradients: list[Tensor], plan: Plan, payloads: list[Tensor], scale: Tensor) -> None:
+        """Write a group's verdicts, of each column those of all its owners, over the gradients of its buckets."""
         assert self.exchange is not None
         device = payloads[0].device
         # Half precision is written by way of float32.
@@ -318,8 +311,6 @@ class VotePipeline:
         poisoned = torch.zeros((), dtype=torch.bool, device=device)
         pairs = enumerate(zip(plan.columns, payloads, strict=True))
         read = [self.exchange.read(each.verdicts, payload, kernels_for(device), k) for k, (each, payload) in pairs]
-        if is_last:
-            self.exchange.inspection.tell()
         seen: list[Tensor] = []
         for each, found in zip(plan.columns, read, strict=True):
             poisoned = poisoned | found.poisoned
@@ -364,9 +355,9 @@ class VotePipeline:
         return column.seen(counts, found.crowded)
 
     def _agree(self, group: list[_Bucket]) -> None:
-        """Poison the step on all ranks if a checksum did not match on any; on the CPU that is an error at once."""
+        """Let all ranks learn what any has seen amiss; poison the step on all if on CUDA a checksum did not match."""
         assert self.exchange is not None
-        damaged = self.exchange.inspection.agree()
+        damaged = self.exchange.inspection.agree(self._poisoned)
         if damaged.device.type != "cpu" and self.options.checksum:
             self._poisoned = self._poisoned | damaged
             for bucket in group:

@@ -16,11 +16,10 @@ __all__ = [
     "ExchangeBytes",
     "GroupMessages",
     "Traffic",
-    "agreement_bytes",
     "all_gather_bytes",
     "exchange_bytes",
-    "poison_report_bytes",
     "power_sgd_elements",
+    "report_bytes",
     "ring_all_reduce_bytes",
     "step_bytes",
     "top_k_slots",
@@ -121,31 +120,19 @@ def exchange_bytes(
     )
 
 
-def agreement_bytes(num_voters: int, ranks_per_node: int = 1) -> ExchangeBytes:
-    """Return what one rank sends and receives where all ranks learn whether a checksum of the step did not match.
+def report_bytes(num_voters: int, ranks_per_node: int = 1) -> ExchangeBytes:
+    """Return what one rank sends and receives where ranks report damage and poison to each other.
 
-    One word of 8 bytes to each other voter, and within a node those of all voters.
-
-    Example:
-        >>> agreement_bytes(num_voters=4)
-        ExchangeBytes(sent_bytes=24, received_bytes=24, sent_within_bytes=0, received_within_bytes=0)
-    """
-    within = 8 * num_voters * (ranks_per_node - 1)
-    total = 8 * (num_voters - 1) + within
-    return ExchangeBytes(total, total, within, within)
-
-
-def poison_report_bytes(num_voters: int, ranks_per_node: int = 1) -> ExchangeBytes:
-    """Return what one rank sends and receives where owners tell all ranks who sent them poison: a byte a voter.
-
-    Nothing travels with `exchange="all_gather"`.
+    A report has a byte, and one more for each voter. With `max_poison_streak` (not with `exchange="all_gather"`) they
+    travel on the CPU at the end of a poisoned step, and of each while a rank is left out; on CUDA of every step, and
+    with a `checksum` too.
 
     Example:
-        >>> poison_report_bytes(num_voters=4)
-        ExchangeBytes(sent_bytes=12, received_bytes=12, sent_within_bytes=0, received_within_bytes=0)
+        >>> report_bytes(num_voters=4)
+        ExchangeBytes(sent_bytes=15, received_bytes=15, sent_within_bytes=0, received_within_bytes=0)
     """
-    within = num_voters * (ranks_per_node - 1)
-    total = num_voters * (num_voters - 1) + within
+    within = (num_voters + 1) * (ranks_per_node - 1)
+    total = (num_voters + 1) * (num_voters - 1) + within
     return ExchangeBytes(total, total, within, within)
 
 
@@ -286,9 +273,8 @@ def step_bytes(
     ranks_per_node: int = 1,
     bytes_per_element: int = 4,
     checksum: bool = False,
-    poison_reports: bool = False,
 ) -> ExchangeBytes:
-    """Return what one rank sends and receives in one training step.
+    """Return what one rank sends and receives in one training step, without `report_bytes`.
 
     Args:
         groups: the parameters of each exchange group.
@@ -300,8 +286,7 @@ def step_bytes(
         owner_carry: whether owners keep what does not fit; else verdicts have slots for the ballots of all.
         ranks_per_node: consecutive ranks that average before they vote, in the hierarchical exchange.
         bytes_per_element: of the gradients that are averaged there.
-        checksum: whether a checksum ends each payload; all ranks then tell each other at the step's end how it went.
-        poison_reports: whether owners tell who sent poison, as they do with `max_poison_streak`.
+        checksum: whether a checksum ends each payload.
 
     Example:
         >>> step_bytes([[Shape(0, 4096), Shape(1, 10)]], world_size=4, rank=0).sent_bytes
@@ -309,9 +294,7 @@ def step_bytes(
         >>> step_bytes([[Shape(0, 1 << 20)]], world_size=4, rank=0, density=0.01).sent_bytes
         18822
     """
-    total = agreement_bytes(world_size // ranks_per_node, ranks_per_node) if checksum else ExchangeBytes()
-    if poison_reports and exchange != "all_gather":
-        total += poison_report_bytes(world_size // ranks_per_node, ranks_per_node)
+    total = ExchangeBytes()
     for group in groups:
         messages = GroupMessages.build(
             group,

@@ -154,8 +154,7 @@ class Run:
         if o.defence != VOTE:
             half = ring_all_reduce_bytes(sum(each.num_elements for each in shapes), 4, o.workers) / 2
             return half, half
-        reports = o.max_poison_streak is not None and o.exchange == "two_phase"
-        found = step_bytes([shapes], o.workers, 0, o.exchange, poison_reports=reports)
+        found = step_bytes([shapes], o.workers, 0, o.exchange)
         return float(found.sent_bytes), float(found.received_bytes)
 
 

@@ -141,8 +141,8 @@ class Votes:
     ) -> tuple[list[tuple[bool, Any, Any, Any]] | None, bool]:
         """Return poison, votes, census and average of the verdicts on each shard, None if something is refused."""
         setting, form = self.setting, self.setting.ballots
-        poison = any(each.poison or each.damaged for part in reads for each in part)
-        if any(each.refused and not each.damaged for part in reads for each in part):
+        poison = any(each.poison for part in reads for each in part)
+        if any(each.refused or each.damaged for part in reads for each in part):
             return None, False
         expected, is_poisoned = [], poison
         for shard, part in zip(shards, reads, strict=True):
@@ -187,8 +187,8 @@ class Votes:
         except PayloadError:
             found = None
         reads = [found for _, (found,), _ in drawn]
-        poison = any(each.poison or each.damaged for each in reads)
-        refused = any(each.refused and not each.damaged for each in reads)
+        poison = any(each.poison for each in reads)
+        refused = any(each.refused or each.damaged for each in reads)
         refused |= not poison and any(each.votes is None for each in reads)
         self._take_note(
             [how for _, _, (how,) in drawn], "refused" if found is None else "poison" if poison else "verdict"

@@ -90,7 +90,7 @@ def valid(form: Form, owner: int, honesty: float, rng: np.random.Generator) -> B
     planes = np.concatenate([np.packbits(bits, bitorder="little") for bits in (mask, sign)])
     crowded = None if form.caps is None else torch.from_numpy(rng.random(numbers.size) < 0.3)
     raw = torch.tensor(rng.normal(size=form.raw_elements[owner]).tolist(), dtype=torch.float32)
-    poisoned = torch.tensor(bool(rng.random() < 0.01))
+    poisoned = torch.tensor(bool(rng.random() < 0.05))
     return form.seal_one(owner, torch.from_numpy(planes), crowded, raw, poisoned, cpu)[0].numpy()
 
 

@@ -157,13 +157,15 @@ class Striker:
         return self._result([trouble_of_words(end, wanted) for end in ends])
 
     def _damage_wire(self) -> Strike:
-        """All ranks must name who wrote the payload and who got it."""
+        """The rank that got it must name who wrote the payload; the others have lost that rank."""
         self._order(ORDER_WIRE)
         ends = self.life.ends(self.within_s)
         damaged = re.search(r"soak: flipped bit \d+ of the \w+ that (rank \d+) wrote", self.life.words(self.fault.rank))
         sender = damaged[1] if damaged else "nothing was damaged"
         wanted = f"a payload that {sender} wrote did not reach rank {self.fault.rank} as it was written"
-        return self._result([trouble_of_words(end, wanted) for end in ends])
+        return self._result(
+            [trouble_of_words(end, wanted) if end.rank == self.fault.rank else trouble_of_loss(end) for end in ends]
+        )
 
     def _damage_file(self) -> Strike:
         """All ranks are killed and the file is damaged: what must come of it is seen at the next start."""

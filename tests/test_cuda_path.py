@@ -7,7 +7,7 @@ nowhere. Kernels are not run (`kernels_cuda_cases` holds them to the reference);
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,9 +73,6 @@ class Silent(Link):
     def all_to_all(self, source: Tensor, send: list[int], receive: list[int], what: str = "") -> Tensor:
         assert source.dim() == 2 or source.numel() == sum(send)
         return source.new_empty(sum(receive))
-
-    def begin_share(self, source: Tensor, receive: Sequence[int], what: str = "") -> Callable[[], Tensor]:
-        return lambda: source.new_empty(sum(receive))
 
     def all_gather(self, source: Tensor, what: str = "") -> Tensor:
         return source.new_empty(self.world_size, source.numel())

@@ -197,7 +197,7 @@ def test_no_payload_comes_to_anything_but_what_the_oracle_says() -> None:
     tried = fuzz.fuzz(NUM_PAYLOADS, seed=1)
     assert tried.total() >= NUM_PAYLOADS
     assert {how for how, _ in tried} == {*CHANGES, "shorter", "longer"}
-    for outcome, least in (("refused", 0.1), ("poison", 0.1), ("verdict", 0.1)):
+    for outcome, least in (("refused", 0.1), ("poison", 0.05), ("verdict", 0.1)):
         assert sum(count for (_, found), count in tried.items() if found == outcome) > least * NUM_PAYLOADS
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distsign import AdaptiveConfidence, RMSConfidence, SignAdamPP, SignVoteState
 from distsign.plan import Column
-from distsign.traffic import poison_report_bytes
+from distsign.traffic import report_bytes
 
 from .oracle import Case, batch, build, digest
 from .ranks import RankPool
@@ -159,21 +159,39 @@ def test_a_resumed_run_knows_the_flood(rank_pool: Pools, resume_at: int) -> None
     assert rank_pool(3).run(train_in_a_flood, {}, resume_at) == unbroken
 
 
-def reports_cost(rank: int, world_size: int, options: dict[str, Any]) -> int:
+def reports_cost(rank: int, world_size: int, options: dict[str, Any], poisoned: Sequence[int]) -> int:
+    """Return how many bytes more a rank sends in all where ranks that flood with poison are left out.
+
+    Rank 1 sends poison in some of eight steps.
+    """
     counted = []
     for streak in (None, STREAK):
         _, model, state = build(Case(options={**options, "max_poison_streak": streak}))
-        for step in range(4):
+        for step in range(8):
             model.zero_grad()
-            model(batch(rank, step, 0, torch.float32)).square().mean().backward()
+            loss = model(batch(rank, step, 0, torch.float32)).square().mean()
+            (loss * float("nan") if rank == 1 and step in poisoned else loss).backward()
         counted.append(state.traffic().sent_bytes)
         state.close()
     return counted[1] - counted[0]
 
 
-def test_what_owners_tell_is_counted_as_predicted(rank_pool: Pools) -> None:
-    each = 4 * poison_report_bytes(4).sent_bytes
-    assert rank_pool(4).run(reports_cost, {}) == [each] * 4
-    assert rank_pool(4).run(reports_cost, {"exchange": "all_gather"}) == [0] * 4
-    each = 4 * poison_report_bytes(2, 2).sent_bytes
-    assert rank_pool(4).run(reports_cost, {"exchange": "hierarchical", "ranks_per_node": 2}) == [each] * 4
+@pytest.mark.parametrize(
+    ("poisoned", "num_reports"),
+    [
+        ([], 0),
+        ([2, 5], 2),
+        ([0, 1, 2], 6),  # left out after the third step, until it has sent three without poison
+    ],
+)
+def test_ranks_report_poison_in_as_few_steps_as_predicted(
+    rank_pool: Pools, poisoned: list[int], num_reports: int
+) -> None:
+    each = num_reports * report_bytes(4).sent_bytes
+    assert rank_pool(4).run(reports_cost, {}, poisoned) == [each] * 4
+    assert rank_pool(4).run(reports_cost, {"exchange": "all_gather"}, poisoned) == [0] * 4
+
+
+def test_reports_between_nodes_and_within(rank_pool: Pools) -> None:
+    each = report_bytes(2, 2).sent_bytes
+    assert rank_pool(4).run(reports_cost, {"exchange": "hierarchical", "ranks_per_node": 2}, [3]) == [each] * 4
