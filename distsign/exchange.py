@@ -57,13 +57,13 @@ class VoteExchange:
         kind: `"two_phase"` (bytes per rank flat in the number of ranks) or `"all_gather"` (each rank counts all ballots
             itself, so that no owner needs to be trusted).
         ranks_per_node: consecutive ranks that make a node; 1 for a vote of all.
-        checksum: whether payloads end with one. A payload that is damaged then poisons the step, and all ranks learn
-            of it by `inspection`.
+        checksum: whether payloads end with one. A payload that came damaged is then an error; on CUDA it poisons the
+            step, and all ranks learn of it by `inspection`.
         admission: whose ballots this rank counts; None: everybody's.
 
     Attributes:
         admission: the one that was given, or one of its own.
-        inspection: what holds payloads against what was expected, and tells all ranks of it at the end of a step.
+        inspection: what holds payloads against what was expected, and lets all ranks agree at the end of a step.
     """
 
     def __init__(

@@ -140,18 +140,19 @@ class Inspection:
             bool scalar tensor, on the device of `poisoned`, alike on all ranks: whether a payload came damaged to any,
             so that the step must be poisoned. Never on the CPU, where that is an error of `check`.
         """
-        on_cpu = poisoned.device.type == "cpu"
         seen, damage = self._admission.seen, self._damage.to(poisoned.device)
         self._damage = torch.zeros_like(damage)
-        if self._has_to_report(poisoned) if on_cpu else self._checksum or self._tells_poison:
+        if self._has_to_report(poisoned):
             damage, seen = self._reported(damage, seen)
-            if not on_cpu:
+            if damage.device.type != "cpu":
                 self._remember(damage)
         self._admission.commit(seen)
         return damage
 
     def _has_to_report(self, poisoned: Tensor) -> bool:
-        """Return whether ranks on the CPU have to tell each other who sent poison; alike on all of them."""
+        """Return whether ranks have to report to each other what they have seen; alike on all of them."""
+        if poisoned.device.type != "cpu":
+            return self._checksum or self._tells_poison  # to look at `poisoned` would wait for the device
         # Of the poison of one that is left out no verdict tells.
         return self._tells_poison and bool(poisoned or self._admission.left_out.any())
 
