@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from distsign.traffic import step_bytes
 from distsign.vote import majority_vote
 from tests import GROUP_BYTES
 
-from .oracle import Case, Net, Oracle, batch, build, digest
+from .oracle import Case, Net, Oracle, batch, build, digest, impatient_group
 
 
 def train_against_oracle(
@@ -365,8 +364,7 @@ def vote_on(rank: int, world_size: int, what: str) -> None:
 
 def skip_a_step(rank: int, world_size: int, absent: int, timeout_s: float) -> None:
     """One rank leaves without a word; the others must be told by an error, in time."""
-    group = dist.new_group(timeout=timedelta(seconds=timeout_s))
-    _, model, _ = build(Case(), group)
+    _, model, _ = build(Case(), impatient_group(timeout_s))
     for step in range(3):
         if rank == absent and step == 2:
             time.sleep(timeout_s + 6.0)  # alive, but not voting

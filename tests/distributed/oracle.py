@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -75,6 +76,15 @@ def digest(module: nn.Module) -> str:
     """Return a digest of all bits of the parameters."""
     data = b"".join(p.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for p in module.parameters())
     return hashlib.sha256(data).hexdigest()
+
+
+def impatient_group(timeout_s: float) -> dist.ProcessGroup | None:
+    """Return a group of all ranks with a short timeout, made when all of them have come.
+
+    A pool's ranks import what a job needs by themselves: on a busy machine one may be seconds later than another.
+    """
+    dist.barrier()
+    return dist.new_group(timeout=timedelta(seconds=timeout_s))
 
 
 class Oracle:
