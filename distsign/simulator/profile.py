@@ -102,11 +102,13 @@ class InStep:
         elements: of the model that was trained.
         work: times as long: kernels, optimizer, and the processor's part of collectives.
         wire: times as long: bytes on the link, and waiting.
+        rank: of PowerSGD, whose passes over the gradient and whose products are not alike in this.
     """
 
     elements: float
     work: float = 1.0
     wire: float = 1.0
+    rank: int = 1
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,9 @@ class Profile:
         bandwidth_bytes_per_s: of the link as measured, by payloads; None where none was.
         latency_s: likewise.
         efficiency: share of a link's nominal bandwidth that payloads get.
-        in_step: by the name of a scheme, whatever its options, what becomes of its work within steps of models of some
-            sizes, by growing elements; what is not named is as it is alone.
+        in_step: by the name of a scheme, what becomes of its work within steps of models of some sizes, and PowerSGD's
+            of some ranks: by growing ranks, and by growing elements of each. Other options change nothing, and what is
+            not named is as it is alone.
         node_bandwidth_bytes_per_s: between ranks of a node, for each of them; None where that was not measured.
         node_latency_s: likewise.
         facts: where and on what it was measured, and how many seconds that took, starting the ranks apart.
@@ -188,8 +191,8 @@ class Profile:
         """That between ranks of a node; where it was not measured, of endless bandwidth."""
         return Link(self.node_bandwidth_bytes_per_s or math.inf, self.node_latency_s)
 
-    def in_step_of(self, scheme: str, num_elements: float) -> InStep:
-        """Return what becomes of a scheme's work in steps of a model of this size: between two sizes by logarithms.
+    def in_step_of(self, scheme: str, num_elements: float, rank: int = 1) -> InStep:
+        """Return what becomes of a scheme's work in steps of a model of this size: between two, by logarithms.
 
         Example:
             >>> from dataclasses import replace
@@ -198,10 +201,10 @@ class Profile:
             ([2.0, 1.5, 1.0], 1.0)
         """
         points = self.in_step.get(scheme) or (InStep(num_elements),)
-        sizes = np.log([point.elements for point in points])
-        where = math.log(max(num_elements, 1))
-        work, wire = ([getattr(point, what) for point in points] for what in ("work", "wire"))
-        return InStep(num_elements, float(np.interp(where, sizes, work)), float(np.interp(where, sizes, wire)))
+        by_rank = [list(of_rank) for _, of_rank in itertools.groupby(points, key=lambda point: point.rank)]
+        found = [_between([(p.elements, p.work, p.wire) for p in of_rank], num_elements) for of_rank in by_rank]
+        ranks = [(of_rank[0].rank, *factors) for of_rank, factors in zip(by_rank, found, strict=True)]
+        return InStep(num_elements, *_between(ranks, rank), rank)
 
     @classmethod
     def ideal(cls) -> Profile:
@@ -247,6 +250,13 @@ class Profile:
             raise ValueError(f"the profile {path} is damaged: {error}") from error
 
 
+def _between(rows: Sequence[tuple[float, float, float]], where: float) -> tuple[float, float]:
+    """Return the second and the third number of rows where the first is so much, by its logarithm."""
+    firsts, *others = np.array(rows).T
+    second, third = (float(np.interp(math.log(max(where, 1)), np.log(firsts), other)) for other in others)
+    return second, third
+
+
 def _require_kernel(name: str, cost: KernelCost) -> None:
     _require_costs(name, {"tensor_s": cost.tensor_s})
     for elements, seconds in cost.points:
@@ -260,9 +270,9 @@ def _require_in_step(scheme: str, points: Sequence[InStep]) -> None:
     for name, value in itertools.chain.from_iterable(vars(point).items() for point in points):
         if not _is_number(value) or not 0 < value < math.inf:
             raise ValueError(f"in_step of {scheme}: {name} must be a number above zero, got {value!r}")
-    sizes = [point.elements for point in points]
+    sizes = [(point.rank, point.elements) for point in points]
     if not sizes or any(low >= high for low, high in itertools.pairwise(sizes)):
-        raise ValueError(f"in_step of {scheme} needs points by growing elements, got {sizes}")
+        raise ValueError(f"in_step of {scheme} needs points by growing ranks and elements, got {sizes}")
 
 
 def _require_costs(name: str, values: Mapping[str, object]) -> None:

@@ -27,6 +27,7 @@ from distsign.optim import SignAdamPP
 from distsign.rivals import make_rival
 from distsign.simulator.cluster import Cluster
 from distsign.simulator.fit import Array
+from distsign.simulator.kernel_probe import POWER_RANKS
 from distsign.simulator.models import Model
 from distsign.simulator.predict import Step
 from distsign.simulator.probe import Ranks, Timing
@@ -65,7 +66,10 @@ class _Net:
 
 _NETS = (_Net(3, 384, 384), _Net(4, 1088, 96), _Net(10, 1184, 16))
 """Of 0.4, 4.7 and 14 M parameters."""
-_SCHEMES = ("fp32", "bf16", "fp16", "powersgd:2", "topk:0.001", "planes", "sparse:bits=0.1")
+_SCHEMES = (
+    *("fp32", "bf16", "fp16", "topk:0.001", "planes", "sparse:bits=0.1"),
+    *(f"powersgd:{rank}" for rank in POWER_RANKS),
+)
 _RIVALS = {
     "fp32": ("none", ""),
     "bf16": ("bf16", ""),
@@ -118,7 +122,7 @@ def in_step_factors(
                     factors = likeliest(predicted, whole.wall_s, whole.cpu_s - alone.cpu_s)
                     found.setdefault(scheme.name, []).append(factors)
                 advance()
-    return {name: tuple(points) for name, points in found.items()}
+    return {name: tuple(sorted(points, key=lambda p: (p.rank, p.elements))) for name, points in found.items()}
 
 
 def likeliest(step: Step, whole_s: float, work_s: float) -> InStep:
@@ -135,11 +139,12 @@ def likeliest(step: Step, whole_s: float, work_s: float) -> InStep:
             counts.
     """
     alone_s, elements = step.on().work_s, float(step.model.num_elements)
+    rank = int(step.scheme.options.get("rank", 1))
     seen = max(work_s, 0.1 * alone_s) / alone_s
     off = np.zeros(2)
 
     def longer(logs: Array) -> InStep:
-        return InStep(elements, seen * math.exp(logs[0]), math.exp(logs[1]))
+        return InStep(elements, seen * math.exp(logs[0]), math.exp(logs[1]), rank)
 
     def gap(logs: Array) -> float:
         return math.log(whole_s / step.on(in_step=longer(logs)).step_s)
