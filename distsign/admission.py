@@ -20,9 +20,13 @@ _log = logging.getLogger(__name__)
 class Admission:
     """Decide which workers' ballots count. Whoever is left out abstains, whatever it sends.
 
-    A worker that sends poison in `max_poison_streak` steps in a row is left out from the next step on, and let back in
-    after as many steps in a row without poison. Steps in which half of the workers or more send poison count neither
-    way: that is the model, or a loss scale that is too large, and no flood.
+    A worker that sends poison in N = `max_poison_streak` steps in a row is left out from the next step on, and let back
+    in after N steps in a row without. To pause now and then helps it little: each worker has a score, which a step with
+    poison raises by N, at most to N², and one without lowers by 1, at least to 0. At N² it is left out, and at N² - N
+    it counts again, so that one that begins anew is left out at once. In the long run it poisons one step in N + 1.
+
+    Steps in which half of the workers or more send poison change no score: that is the model, or a loss scale that is
+    too large, and no flood.
 
     Args:
         num_voters: workers whose payloads come.
@@ -46,8 +50,7 @@ class Admission:
         self.max_poison_streak = max_poison_streak
         self.left_out = torch.zeros(num_voters, dtype=torch.bool)
         self.seen = torch.zeros_like(self.left_out)
-        # Steps in a row that speak against what holds: of poison for who counts, without it for who is left out.
-        self._run = torch.zeros(num_voters, dtype=torch.int64)
+        self._score = torch.zeros(num_voters, dtype=torch.int64)
         self._word = word
         self._told: list[int] = []
         self._news: tuple[Tensor, Any] | None = None
@@ -106,7 +109,7 @@ class Admission:
     def _move(self, device: torch.device) -> None:
         if self.left_out.device != device:
             self.left_out, self.seen = self.left_out.to(device), self.seen.to(device)
-            self._run = self._run.to(device)
+            self._score = self._score.to(device)
 
     def begin_step(self) -> None:
         """Forget what a step that broke off has seen, and report what the last one came to."""
@@ -126,14 +129,13 @@ class Admission:
         """
         if self.max_poison_streak is None:
             return
-        seen = seen.to(self.left_out.device)
-        if seen.device.type == "cpu" and not (seen.any() or self._run.any() or self.left_out.any()):
+        streak, seen = self.max_poison_streak, seen.to(self.left_out.device)
+        if seen.device.type == "cpu" and not (seen.any() or self._score.any()):
             return  # nearly always
-        few = 2 * seen.sum() < seen.numel()
-        run = torch.where(seen ^ self.left_out, self._run + 1, 0)
-        turned = few & (run >= self.max_poison_streak)
-        self._run = torch.where(few, run.masked_fill(turned, 0), self._run)
-        self.left_out = self.left_out ^ turned
+        most, few = streak**2, 2 * seen.sum() < seen.numel()
+        score = torch.where(seen, self._score + streak, self._score - 1).clamp(0, most)
+        self._score = torch.where(few, score, self._score)
+        self.left_out = (self._score == most) | (self.left_out & (self._score > most - streak))
         if self.left_out.device.type == "cpu":
             self._tell(self.left_out)
             return
@@ -146,8 +148,8 @@ class Admission:
         for number in sorted({*now} ^ {*self._told}):
             if number in now:
                 _log.warning(
-                    "%s %d has sent poison (NaN or infinity) in %d steps in a row: its ballots are left out until it "
-                    "has sent none for as many",
+                    "%s %d sends poison (NaN or infinity) step after step: its ballots are left out until it has sent "
+                    "none for %d steps in a row",
                     self._word,
                     number,
                     self.max_poison_streak,
@@ -162,13 +164,13 @@ class Admission:
 
     def state_dict(self) -> dict[str, list[int]]:
         """Return what a resumed run needs."""
-        return {"left_out": self.left_out.int().tolist(), "run": self._run.tolist()}
+        return {"left_out": self.left_out.int().tolist(), "score": self._score.tolist()}
 
     def load_state_dict(self, state: Mapping[str, list[int]] | None) -> None:
-        """Go on from `state_dict()` of as many workers; of another number of them, or of None, all begin anew."""
-        anew = [0] * self._run.numel()
-        if state is None or len(state["run"]) != len(anew):
-            state = {"left_out": anew, "run": anew}
+        """Go on from `state_dict()` of as many workers; or, with anything else, let all begin anew."""
+        anew = [0] * self._score.numel()
+        if state is None or len(state.get("score", ())) != len(anew):
+            state = {"left_out": anew, "score": anew}
         self.left_out = torch.tensor(state["left_out"], dtype=torch.bool, device=self.left_out.device)
-        self._run = torch.tensor(state["run"], dtype=torch.int64, device=self._run.device)
+        self._score = torch.tensor(state["score"], dtype=torch.int64, device=self._score.device)
         self._news, self._told = None, list(self.numbers())

@@ -11,13 +11,14 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
@@ -30,6 +31,7 @@ from distsign.checkpoint_files import (
     Reader,
     digest_of,
     entry_of,
+    newest,
     verify_or_offer,
     write_digests,
 )
@@ -37,7 +39,7 @@ from distsign.collectives import gather_values, rank_in, world_size_of
 from distsign.hook import SignVoteState
 from distsign.resharding import reshard
 
-__all__ = ["CheckpointError", "load", "save"]
+__all__ = ["CheckpointError", "load", "newest", "save"]
 
 T = TypeVar("T")
 
@@ -104,15 +106,16 @@ def load(
     the sum of what the carries hold.
 
     Args:
-        state_dict: what to load, by the names it was saved under. What has a `load_state_dict` is loaded in place; all
-            else is replaced in the dict. Names that are not in the dict are not loaded.
+        state_dict: what to load, by the names it was saved under. What has a `load_state_dict` is loaded in place,
+            models last, when all else did fit; what has none is replaced in the dict. Names that are not in the dict
+            are not loaded.
         checkpoint_id: the folder.
         process_group: the ranks that load; None is the default group.
 
     Raises:
         CheckpointError: on all ranks alike, if a file is missing or damaged, if writing was broken off, or if something
-            in `state_dict` was not saved. Names the file, the reason, and the newest whole checkpoint beside it.
-        ValueError: if what was saved does not fit, as each `load_state_dict` says it.
+            in `state_dict` was not saved or does not fit. Names the file or folder, the reason, and for what is damaged
+            the newest whole checkpoint beside it.
     """
     folder, rank, world_size = Path(checkpoint_id), rank_in(process_group), world_size_of(process_group)
     _alike(lambda: verify_or_offer(folder, rank, world_size), process_group)
@@ -131,17 +134,44 @@ def load(
     missing = sorted(state_dict.keys() - loaded.keys())
     if missing:
         raise CheckpointError(f"{folder} has no {missing[0]!r}: it has {', '.join(sorted(planner.names))}")
-    for key, value in state_dict.items():
-        if isinstance(value, SignVoteState):
-            states = _states(folder, key, loaded[key])
-            state = states[0] if key in planner.own else reshard(states, world_size, votes[key])[rank]
-            value.load_state_dict(state)
-        elif isinstance(value, torch.optim.Optimizer):
-            value.load_state_dict(_with_numbers(loaded[key]))
-        elif isinstance(value, Stateful):
-            value.load_state_dict(loaded[key])
-        else:
-            state_dict[key] = loaded[key]
+    # Votes first, since all ranks meet in them; models last, which one that does not fit would leave half loaded.
+    models = [key for key, value in state_dict.items() if isinstance(value, nn.Module)]
+    _alike(lambda: _require_shapes(folder, models, state_dict, loaded), process_group)
+    for key in votes:
+        states = _states(folder, key, loaded[key])
+        loaded[key] = states[0] if key in planner.own else reshard(states, world_size, votes[key])[rank]
+    for keys in (votes, state_dict.keys() - votes.keys() - set(models), models):
+        _alike(partial(_take, folder, keys, state_dict, loaded), process_group)
+
+
+def _take(folder: Path, keys: Iterable[str], state_dict: dict[str, Any], loaded: Mapping[str, Any]) -> None:
+    """Let what has these keys take up what was loaded for it."""
+    for key in keys:
+        value = state_dict[key]
+        try:
+            if isinstance(value, torch.optim.Optimizer):
+                value.load_state_dict(_with_numbers(loaded[key]))
+            elif isinstance(value, (Stateful, SignVoteState)):
+                value.load_state_dict(loaded[key])
+            else:
+                state_dict[key] = loaded[key]
+        except Exception as error:  # of any class that a `load_state_dict` of the user's has for it
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            raise CheckpointError(f"{folder}: {key!r} does not fit what was saved: {text}") from error
+
+
+def _require_shapes(
+    folder: Path, keys: Iterable[str], state_dict: Mapping[str, Any], loaded: Mapping[str, Any]
+) -> None:
+    """Demand that the tensors of models have the shapes that they had; of missing ones `load_state_dict` speaks."""
+    for key in keys:
+        for name, value in state_dict[key].state_dict().items():
+            saved = loaded[key].get(name) if isinstance(loaded[key], Mapping) else None
+            if isinstance(value, Tensor) and isinstance(saved, Tensor) and value.shape != saved.shape:
+                raise CheckpointError(
+                    f"{folder}: {key!r} is of another model: {name} was {tuple(saved.shape)} when it was saved, and is "
+                    f"{tuple(value.shape)} here; load the checkpoint of this model"
+                )
 
 
 # ------------------------------------------------------------------------------------------------ what each rank keeps

@@ -27,6 +27,7 @@ __all__ = [
     "Reader",
     "digest_of",
     "entry_of",
+    "newest",
     "verify_or_offer",
     "write_digests",
 ]
@@ -67,8 +68,19 @@ def write_digests(folder: Path, files: dict[str, list[Any]]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(folder / DIGESTS)
+        _sync(folder)
     except OSError as error:
         raise CheckpointError(f"{folder / DIGESTS} cannot be written: {error.strerror}") from error
+
+
+def _sync(folder: Path) -> None:
+    # The rename itself must reach the disk; some network file systems know no fsync of a folder.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _verify(folder: Path, part: int = 0, num_parts: int = 1) -> None:
@@ -104,14 +116,27 @@ def verify_or_offer(folder: Path, part: int, num_parts: int) -> None:
     try:
         _verify(folder, part, num_parts)
     except CheckpointError as error:
-        offer = "restore it, or load another checkpoint"
-        beside = folder.parent.glob(f"*/{DIGESTS}") if folder.parent.is_dir() else iter(())
-        for index in sorted(beside, key=lambda path: path.stat().st_mtime, reverse=True):
-            with contextlib.suppress(CheckpointError):
-                _verify(index.parent)
-                offer = f"restore it, or load {index.parent}, the newest whole checkpoint beside it"
-                break
-        raise CheckpointError(f"{error}; {offer}") from error
+        found = newest(folder.parent)
+        other = "another checkpoint" if found is None else f"{found}, the newest whole checkpoint beside it"
+        raise CheckpointError(f"{error}; restore it, or load {other}") from error
+
+
+def newest(folder: str | os.PathLike[str]) -> Path | None:
+    """Return the checkpoint that was finished last of those in a folder and that is whole; None where there is none.
+
+    Reads every file of it. Ranks may see it differently while one is written, or where folders are copied: let one rank
+    ask, and tell the others.
+
+    Args:
+        folder: that the folders of checkpoints lie in.
+    """
+    parent = Path(folder)
+    beside = parent.glob(f"*/{DIGESTS}") if parent.is_dir() else iter(())
+    for index in sorted(beside, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        with contextlib.suppress(CheckpointError):
+            _verify(index.parent)
+            return index.parent
+    return None
 
 
 # ----------------------------------------------------------------------------------- reading, without running any code

@@ -213,7 +213,7 @@ class VoteExchange:
         own = self._only_mine if column == self.local_rank and self.kind != "all_gather" else range(0)
         poisoned = self.inspection.check(verdicts, payloads.unsqueeze(0), owners, column, own).any()
         planes, crowded, mean, ok = verdicts.open_all(payloads, kernels)
-        return Verdicts(planes, crowded, mean, self.inspection.require(ok, poisoned, "verdicts"))
+        return Verdicts(planes, crowded, mean, self.inspection.require(ok, poisoned, "verdicts", column))
 
     def _all_gather(
         self, ballots: Form, verdicts: Form, buffer: Tensor, owner: Owner, starts: IntArray, kernels: Kernels
@@ -248,20 +248,21 @@ class VoteExchange:
         if mean.numel():  # finite numbers may well have an infinite sum
             poisoned = poisoned | ~mean.isfinite().all()
         planes, too_many, ok = owner.count(found, layout, shard, verdicts.caps, starts, kernels)
-        poisoned = self.inspection.require(ok, poisoned, "ballots")
+        poisoned = self.inspection.require(ok, poisoned, "ballots", self.local_rank)
         crowded = None
         if found.crowded is not None:
             # A minority cannot raise the thresholds of all by claiming to be crowded.
             crowded = too_many | (2 * found.crowded.sum(0) >= self.num_voters)
         payload, fits = verdicts.seal_one(shard, planes, crowded, mean, poisoned, kernels)
         if fits.device.type == "cpu" and not (poisoned or fits):
-            liars = ", ".join(map(str, ballots.overfull(shard, found, kernels)))
+            voters = ballots.overfull(shard, found, kernels)
+            liars = ", ".join(str(self.inspection.rank_of(voter, self.local_rank)) for voter in voters)
             raise PayloadError(
-                f"rank {self.rank} counts more verdicts than a payload has slots for: rank {liars} cast more ballots "
-                "on a parameter than its cap allows, which no distsign does"
+                f"rank {self.inspection.rank_of(self.rank, self.local_rank)} counts more verdicts than a payload has "
+                f"slots for: rank {liars} cast more ballots on a parameter than its cap allows, which no distsign does"
             )
         if fits.device.type != "cpu":  # the payload carries poison
-            self.inspection.require(fits | poisoned, poisoned, "verdicts")
+            self.inspection.require(fits | poisoned, poisoned, "verdicts", self.local_rank)
         return payload
 
 

@@ -79,13 +79,14 @@ class SignVoteState:
             voting where these abstain. Honest workers keep to it by themselves, parameter by parameter: what has no
             room waits in the carry, or is lost where there is none, as in the first steps of a warm-up. Choose two to
             three times the density that `traffic()` reports in an honest run. None: no cap.
-        max_poison_streak: leave a worker out that has sent poison (NaN, infinity) in so many steps in a row, until it
-            has sent none for as many: its ballots are abstentions and its poison is ignored. It is named by a warning
-            of `logging` and in `traffic()`. Take 20 or more with a `GradScaler`, which may need 17 steps to find its
-            scale. Steps that half of the workers or more poison do not count. Costs one small all-gather in each step
-            with poison, on CUDA in all, but for `exchange="all_gather"`, where alone it holds against liars: else
-            owners are believed, who may accuse others. None: a NaN on one rank is taken seriously for ever, as without
-            liars it should be.
+        max_poison_streak: leave a worker out that has sent poison (NaN, infinity) in so many steps in a row, or over
+            time in more than one of so many and one, until it has sent none for as many in a row: its ballots are
+            abstentions and its poison is ignored. It is named by a warning of `logging` and in `traffic()`. Take 20 or
+            more with a `GradScaler`, which may need 17 steps to find its scale. Steps that half of the workers or more
+            poison do not count. Costs one small all-gather in each step with poison and in each while a worker is left
+            out, on CUDA in all, but for `exchange="all_gather"`, where alone it holds against liars: else owners are
+            believed, who may accuse others. None: a NaN on one rank is taken seriously for ever, as without liars it
+            should be.
 
     Attributes:
         loss_scale: None, a number, or a `torch.amp.GradScaler`: the factor that the loss, and so the gradient, carries.
@@ -235,11 +236,13 @@ class SignVoteState:
                 "Load a checkpoint of this version, or start anew"
             )
         names = self._registry.names()
-        strangers = sorted(state_dict["voter"].keys() - names.keys())
-        if strangers:
+        kept = state_dict["voter"].keys()
+        if kept and kept != names.keys():  # before the first step there are none
+            odd = kept ^ names.keys()
+            has = "the checkpoint, and not this model," if min(odd) in kept else "this model, and not the checkpoint,"
             raise ValueError(
-                f"the checkpoint holds parameters that this model does not have, {strangers[0]!r} among "
-                f"{len(strangers)}: load the checkpoint of this model"
+                f"{has} has the parameter {min(odd)!r}, one of {len(odd)} that are not in both: load the checkpoint of "
+                "this model"
             )
         if state_dict["confidence"] != repr(self._options.confidence):
             raise ValueError(
@@ -331,6 +334,8 @@ class SignVoteState:
         scale = self.loss_scale
         options: dict[str, object] = {
             **vars(self._options),
+            # Of a checkpoint that some ranks alone have loaded: they would report poison in other steps than the rest.
+            "poison that is held against workers": self._pipeline.memory.admission.state_dict(),
             "loss_scale": scale if scale is None or isinstance(scale, (int, float)) else type(scale).__name__,
             "number of buckets": "several" if not bucket.is_last() else 1,
             "dtype of the first bucket": bucket.buffer().dtype,

@@ -31,15 +31,18 @@ class Inspection:
         admission: it knows who has sent poison to this rank, and is told who has to any.
         checksum: whether payloads end with one.
         tells_poison: whether ranks tell each other who has sent poison.
+
+    Attributes:
+        reports: whether ranks ever report to each other; `agree` says when.
     """
 
     def __init__(
         self, ranks: Link, voters: Link, node: Link, admission: Admission, *, checksum: bool, tells_poison: bool
     ) -> None:
         self._ranks, self._voters, self._node, self._admission = ranks, voters, node, admission
-        self._checksum, self._tells_poison = checksum, tells_poison
-        # On CUDA: whether a payload came here damaged in this step, and whether anything was amiss so far.
-        self._damage = torch.zeros((), dtype=torch.bool)
+        self._checksum, self._tells_poison, self.reports = checksum, tells_poison, checksum or tells_poison
+        # On CUDA: whether a payload of this step was amiss here, and whether any so far.
+        self._amiss = torch.zeros((), dtype=torch.bool)
         self._mismatch: Tensor | None = None
 
     # ---------------------------------------------------------------------------------------------- as payloads come
@@ -68,7 +71,7 @@ class Inspection:
             if on_cpu:
                 self._require_undamaged(form, damaged, owners, column)
             else:
-                self._damage = self._damage.to(damaged.device) | damaged.any()
+                self._note(damaged.any())
         else:
             damaged = rows.new_zeros(rows.shape[0], len(owners), dtype=torch.bool)
         if on_cpu and form.has_usual_headers(rows, owners):
@@ -78,48 +81,53 @@ class Inspection:
         if on_cpu:
             if foreign.any():
                 k, row = foreign.t().nonzero()[0].tolist()
-                sender = owners[k] if form.verdict else row
+                sender = self.rank_of(owners[k] if form.verdict else row, column)
                 data = bytes(headers[row, k].tolist())
-                Header.expect(data, form.headers[owners[k]], sender=sender, receiver=self._voters.rank)
+                Header.expect(data, form.headers[owners[k]], sender=sender, receiver=self._ranks.rank)
             return poisoned | damaged
-        return poisoned | damaged | self._remember(foreign.any())  # of what came damaged `agree` takes note
+        return poisoned | damaged | self._note(foreign.any())
 
-    def require(self, ok: Tensor, poisoned: Tensor, what: str) -> Tensor:
+    def require(self, ok: Tensor, poisoned: Tensor, what: str, column: int) -> Tensor:
         """Demand that bodies could be read; return whether the step is poisoned, bool scalar tensor.
 
         Args:
             ok: bool `[num_payloads]`, whether the bodies are what a distsign writes; on CUDA also one for all.
             poisoned: bool scalar tensor; the body of a poisoned payload is void.
             what: was in them, for the error.
+            column: see `check`.
 
         Raises:
             PayloadError: on the CPU, if any could not.
         """
         if ok.device.type != "cpu":
-            return poisoned | self._remember(~ok.all())
+            return poisoned | self._note(~ok.all())
         if not (poisoned or ok.all()):
-            senders = ", ".join(str(k) for k, fine in enumerate(ok.tolist()) if not fine)
+            senders = ", ".join(str(self.rank_of(k, column)) for k, fine in enumerate(ok.tolist()) if not fine)
             raise PayloadError(
-                f"rank {self._voters.rank} cannot read the {what} of rank {senders}: the body is not one that this "
+                f"rank {self._ranks.rank} cannot read the {what} of rank {senders}: the body is not one that this "
                 "distsign writes. It was damaged on its way, or its sender does not run the same distsign"
             )
         return poisoned
+
+    def rank_of(self, voter: int, column: int) -> int:
+        """Return the rank, among all of the vote, that has this column in a voter's node."""
+        return voter * self._node.world_size + column
 
     def _require_undamaged(self, form: Form, damaged: Tensor, owners: Sequence[int], column: int) -> None:
         """Raise if any payload came damaged, bool `[num_rows, num_owners]` on the CPU; see `check`."""
         if not damaged.any():  # nearly always
             return
         row, k = damaged.nonzero()[0].tolist()
-        writer = (owners[k] if form.verdict else row) * self._node.world_size + column
+        writer = self.rank_of(owners[k] if form.verdict else row, column)
         raise PayloadError(
             f"a payload that rank {writer} wrote did not reach rank {self._ranks.rank} as it was written: its checksum "
             "does not match. This rank has left the step out; go on from a checkpoint, and look at the link between "
             "these ranks and at their memory"
         )
 
-    def _remember(self, bad: Tensor) -> Tensor:
-        self._mismatch = bad if self._mismatch is None else self._mismatch | bad
-        return bad
+    def _note(self, amiss: Tensor) -> Tensor:
+        self._amiss = self._amiss.to(amiss.device) | amiss
+        return amiss
 
     # ---------------------------------------------------------------------------------------- at the end of a step
 
@@ -130,35 +138,36 @@ class Inspection:
         what came to them alone, and what came damaged to one has reached the others well. Where every rank gets all
         ballots, none needs to be told who sent poison.
 
-        On the CPU nothing travels in a step without poison, and ranks need not ask whether it was one: whoever counts
-        and sends poison makes its owners' verdicts say so to all.
+        On the CPU nothing travels in a step without poison while nobody is left out, and ranks need not ask whether it
+        was one: whoever counts and sends poison makes its owners' verdicts say so to all.
 
         Args:
             poisoned: bool scalar tensor, whether any verdict of the step was; alike on all ranks.
 
         Returns:
-            bool scalar tensor, on the device of `poisoned`, alike on all ranks: whether a payload came damaged to any,
-            so that the step must be poisoned. Never on the CPU, where that is an error of `check`.
+            bool scalar tensor, on the device of `poisoned`: whether a payload was amiss, so that the step must be
+            poisoned; never on the CPU, where that is an error at once. Alike on all ranks where these report to each
+            other; else only a rank that cannot read verdicts knows of it.
         """
-        seen, damage = self._admission.seen, self._damage.to(poisoned.device)
-        self._damage = torch.zeros_like(damage)
+        seen, amiss = self._admission.seen, self._amiss.to(poisoned.device)
+        self._amiss = torch.zeros_like(amiss)
         if self._has_to_report(poisoned):
-            damage, seen = self._reported(damage, seen)
-            if damage.device.type != "cpu":
-                self._remember(damage)
+            amiss, seen = self._reported(amiss, seen)
+        if amiss.device.type != "cpu":
+            self._mismatch = amiss if self._mismatch is None else self._mismatch | amiss
         self._admission.commit(seen)
-        return damage
+        return amiss
 
     def _has_to_report(self, poisoned: Tensor) -> bool:
         """Return whether ranks have to report to each other what they have seen; alike on all of them."""
         if poisoned.device.type != "cpu":
-            return self._checksum or self._tells_poison  # to look at `poisoned` would wait for the device
+            return self.reports  # to look at `poisoned` would wait for the device
         # Of the poison of one that is left out no verdict tells.
         return self._tells_poison and bool(poisoned or self._admission.left_out.any())
 
-    def _reported(self, damage: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Return whether damage came to any rank, and bool `[num_voters]`, who was seen by any to send poison."""
-        report = torch.cat([damage.view(1), seen.to(damage.device)]).to(torch.uint8)
+    def _reported(self, amiss: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return whether a payload was amiss on any rank, and bool `[num_voters]`, who was seen to send poison."""
+        report = torch.cat([amiss.view(1), seen.to(amiss.device)]).to(torch.uint8)
         for link in (self._voters, self._node):
             sizes = [report.numel()] * link.world_size
             report = link.share(report, sizes, "reports of damage and poison").view(link.world_size, -1).amax(0)
@@ -173,7 +182,8 @@ class Inspection:
         """
         if self._mismatch is not None and bool(self._mismatch):
             raise PayloadError(
-                f"a payload that reached {self._ranks.describe()} had a header other than expected, or there was one "
-                "whose checksum did not match; that step was poisoned on all ranks. The ranks do not train the same "
-                "model with the same options, or a link or a memory is faulty"
+                f"a payload that reached {self._ranks.describe()}, or with a checksum any rank, had a header or a body "
+                "other than expected, or its checksum did not match. Whoever noticed left that step out, and with a "
+                "checksum all did; without one compare the replicas, or go on from a checkpoint. The ranks do not "
+                "train the same model with the same options, or a link or a memory is faulty"
             )

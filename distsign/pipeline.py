@@ -355,13 +355,14 @@ class VotePipeline:
         return column.seen(counts, found.crowded)
 
     def _agree(self, group: list[_Bucket]) -> None:
-        """Let all ranks learn what any has seen amiss; poison the step on all if on CUDA a checksum did not match."""
+        """Let all ranks learn what any has seen amiss; on CUDA that poisons the step on all of them."""
         assert self.exchange is not None
-        damaged = self.exchange.inspection.agree(self._poisoned)
-        if damaged.device.type != "cpu" and self.options.checksum:
-            self._poisoned = self._poisoned | damaged
+        inspection = self.exchange.inspection
+        amiss = inspection.agree(self._poisoned)
+        if inspection.reports and amiss.device.type != "cpu":
+            self._poisoned = self._poisoned | amiss
             for bucket in group:
-                bucket.gradient.masked_fill_(damaged, math.nan)
+                bucket.gradient.masked_fill_(amiss, math.nan)
 
     def _end_step(self) -> None:
         self.memory.commit(self._poisoned, self._unfit)

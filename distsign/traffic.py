@@ -63,7 +63,7 @@ class Traffic:
         ballot_density: share of this rank's ballots that are not 0, over the steps that were not poisoned.
         verdict_density: share of the verdicts that are not 0, likewise.
         left_out_ranks: those (of the hierarchical exchange, nodes) whose ballots are left out now because they have
-            sent poison in `max_poison_streak` steps in a row.
+            sent poison step after step; see `max_poison_streak`.
     """
 
     sent_bytes: int

@@ -144,9 +144,13 @@ class VoteMemory:
             lengths: see `grow`.
 
         Raises:
-            ValueError: if owners, or ranks of a node, keep what others would have to.
+            ValueError: if owners, or ranks of a node, keep what others would have to, or if it is of other options or
+                sizes.
         """
         self._require_voters(state)
+        self._require_kinds(state)
+        for name, kept in state["voter"].items():
+            _require_size(name, kept, lengths[names[name]])
         device = self.voter.stats.device
         self._forget()
         self.grow(lengths, device)
@@ -181,3 +185,26 @@ class VoteMemory:
             f"the checkpoint was written by {written}, and {what}, but now there are {now}: give all ranks' states to "
             f"distsign.reshard(states, {call}) first"
         )
+
+    def _require_kinds(self, state: Mapping[str, Any]) -> None:
+        options, voter = self._options, state["voter"]
+        carries = {"carry" in kept for kept in voter.values()}
+        owners = {"plain" if value.dtype == torch.int16 else "standing" for value in state["owner"].values()}
+        for what, wrong, now in (
+            ("a carry" if True in carries else "no carry", bool(carries - {options.carry is not None}), "carry"),
+            (f"owner_carry={''.join(owners)!r}", bool(owners - {options.owner_carry}), "owner_carry"),
+        ):
+            if wrong:
+                raise ValueError(
+                    f"the checkpoint was written with {what}, but here {now}={getattr(options, now)!r}: what was kept "
+                    "would be lost, or is not there. Use the options that the checkpoint was written with"
+                )
+
+
+def _require_size(name: str, kept: Mapping[str, Tensor], length: int) -> None:
+    for key in ("carry", "square"):
+        if key in kept and kept[key].numel() != length:
+            raise ValueError(
+                f"the checkpoint keeps {kept[key].numel():,} components of {name!r}, but this rank votes on "
+                f"{length:,}: load the checkpoint of this model, with the same parameters excluded"
+            )

@@ -72,10 +72,10 @@ def test_a_malformed_body_is_not_hidden_by_the_cap() -> None:
     steps=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), max_size=40),
     streak=st.integers(min_value=1, max_value=4),
 )
-def test_who_is_left_out_follows_from_the_last_steps(steps: list[list[bool]], streak: int) -> None:
+def test_who_is_left_out_follows_from_the_scores(steps: list[list[bool]], streak: int) -> None:
     """Against the rule in plain Python, over steps in which fewer than half send poison."""
     admission = Admission(5, max_poison_streak=streak)
-    out, history = [False] * 5, [[] for _ in range(5)]  # type: ignore[var-annotated]
+    out, scores, most = [False] * 5, [0] * 5, streak * streak
     for sent in steps:
         admission.begin_step()
         assert admission.numbers() == tuple(k for k in range(5) if out[k])
@@ -85,12 +85,42 @@ def test_who_is_left_out_follows_from_the_last_steps(steps: list[list[bool]], st
         if sum(sent) > 2:
             continue
         for k in range(5):
-            history[k].append(sent[k])
-            if len(history[k]) >= streak and all(s != out[k] for s in history[k][-streak:]):
-                out[k], history[k] = not out[k], []
+            scores[k] = min(scores[k] + streak, most) if sent[k] else max(scores[k] - 1, 0)
+            if scores[k] in (most, most - streak):
+                out[k] = scores[k] == most
         again = Admission(5, max_poison_streak=streak)
         again.load_state_dict(admission.state_dict())
         admission = again
+
+
+@pytest.mark.parametrize("streak", [1, 2, 3, 10])
+def test_so_many_in_a_row_decide_and_a_relapse_at_once(streak: int) -> None:
+    admission = Admission(3, max_poison_streak=streak)
+
+    def out_after(sent: bool) -> bool:
+        admission.commit(torch.tensor([False, sent, False]))
+        return admission.numbers() == (1,)
+
+    assert [out_after(True) for _ in range(streak + 5)] == [False] * (streak - 1) + [True] * 6
+    assert [out_after(False) for _ in range(streak)] == [True] * (streak - 1) + [False]
+    assert out_after(True)
+
+
+@pytest.mark.parametrize("streak", [1, 4, 20])
+@pytest.mark.parametrize("pause_every", [2, 3, 20, None])
+@pytest.mark.parametrize("num_liars", [1, 2])
+def test_pauses_do_not_let_a_flood_stop_more_than_a_few_steps(
+    streak: int, pause_every: int | None, num_liars: int
+) -> None:
+    """Two take turns: each of them stops one step in `streak` and one, and what its score lets it do beforehand."""
+    admission, stopped, num_steps = Admission(7, max_poison_streak=streak), 0, 4000
+    for step in range(num_steps):
+        admission.begin_step()
+        sent = torch.zeros(7, dtype=torch.bool)
+        sent[step % num_liars] = pause_every is None or (step + 1) % pause_every != 0
+        stopped += int(admission.poison(sent))
+        admission.commit(admission.seen)
+    assert stopped <= num_liars * (num_steps / (streak + 1) + 2 * streak)
 
 
 def test_it_is_said_once_who_is_left_out_and_who_counts_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -100,8 +130,8 @@ def test_it_is_said_once_who_is_left_out_and_who_counts_again(caplog: pytest.Log
         admission.begin_step()
         admission.commit(torch.tensor([False, sent, False]))
     assert [record.getMessage() for record in caplog.records] == [
-        "rank 1 has sent poison (NaN or infinity) in 2 steps in a row: its ballots are left out until it has sent none "
-        "for as many",
+        "rank 1 sends poison (NaN or infinity) step after step: its ballots are left out until it has sent none for 2 "
+        "steps in a row",
         "the ballots of rank 1, free of poison again, count again",
     ]
 

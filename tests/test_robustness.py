@@ -70,7 +70,9 @@ def test_what_an_attack_sends(name: str) -> None:
 
 @pytest.mark.parametrize("owner_carry", [False, "standing"])
 @pytest.mark.parametrize("num_liars", [1, 2, 3])
-@pytest.mark.parametrize("name", [n for n in ATTACKS if n not in {"none", "malformed", "poison", "lying-owners"}])
+@pytest.mark.parametrize(
+    "name", [n for n in ATTACKS if n not in {"none", "malformed", "poison", "pulsed-poison", "lying-owners"}]
+)
 def test_above_the_number_of_liars_no_verdict_is_theirs_alone(name: str, num_liars: int, owner_carry: Any) -> None:
     """At margin f + 1 an honest vote of that sign stands behind each verdict; over steps, a standing one."""
     vote = electorate(ATTACKS[name](), num_liars, margin=num_liars + 1, owner_carry=owner_carry)
@@ -111,6 +113,8 @@ def test_a_flood_of_poison_stops_all_steps_or_so_many() -> None:
     free, bounded = electorate(PoisonFlood(), 2), electorate(PoisonFlood(), 2, max_poison_streak=3)
     assert all(free.combine(gradients(step)).poisoned for step in range(8))
     assert [bounded.combine(gradients(step)).poisoned for step in range(8)] == [True] * 3 + [False] * 5
+    pulsed = electorate(ATTACKS["pulsed-poison"](), 2, max_poison_streak=3)  # its score: 3 6 5 8 9
+    assert [pulsed.combine(gradients(step)).poisoned for step in range(6)] == [True, True, False, True, True, False]
 
 
 @pytest.mark.parametrize("kind", ["noise", "oversized", "version"])

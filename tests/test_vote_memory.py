@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from distsign import RMSConfidence
+from distsign import AdaptiveConfidence, RMSConfidence
 from distsign.options import VoteOptions
 from distsign.vote_memory import VoteMemory
 
@@ -15,8 +15,8 @@ LENGTHS = [5000, 7]
 NAMES = {"weight": 0, "bias": 1}
 
 
-def memory(num_voters: int, **options: Any) -> VoteMemory:
-    made = VoteMemory(VoteOptions.check(confidence=RMSConfidence(k=4), **options))
+def memory(num_voters: int, *, confidence: Any = None, **options: Any) -> VoteMemory:
+    made = VoteMemory(VoteOptions.check(confidence=confidence or RMSConfidence(k=4), **options))
     made.meet(num_voters)
     made.grow(LENGTHS, torch.device("cpu"))
     return made
@@ -78,3 +78,34 @@ def test_nodes_are_named_where_they_are_others() -> None:
         ValueError, match=r"by 3 ranks, .* there are 2 nodes of 2: .*reshard\(states, 4, ranks_per_node=2"
     ):
         made.load_state_dict(state, NAMES, LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "words"),
+    [
+        ({"carry": True}, {"carry": False}, "written with a carry, but here carry=None: what was kept would be lost"),
+        ({"carry": False}, {"carry": True}, "written with no carry, but here carry=torch.float32"),
+        ({"owner_carry": "plain"}, {}, "written with owner_carry='plain', but here owner_carry=None"),
+        ({"owner_carry": "plain"}, {"owner_carry": "standing"}, "owner_carry='plain', but here owner_carry='standing'"),
+        ({"owner_carry": "standing"}, {"owner_carry": "plain"}, "owner_carry='standing', but here owner_carry='plain'"),
+    ],
+)
+def test_a_state_of_other_carries_is_refused(then: dict[str, Any], now: dict[str, Any], words: str) -> None:
+    """Else what they hold would be lost without a word."""
+    kinds = {"plain": torch.ones(1664, dtype=torch.int16), "standing": torch.ones(3, 2, 208, dtype=torch.uint8)}
+    before, after = (
+        memory(3, confidence=AdaptiveConfidence(), **{"wire": "planes", "carry": True, **options})
+        for options in (then, now)
+    )
+    if "owner_carry" in then:
+        before.owner.keep({(0, 0, 1664): kinds[then["owner_carry"]]}, torch.device("cpu"))
+    state = before.state_dict(NAMES)
+    with pytest.raises(ValueError, match=words):
+        after.load_state_dict(state, NAMES, LENGTHS)
+    before.load_state_dict(state, NAMES, LENGTHS)
+
+
+def test_a_state_of_other_sizes_is_refused() -> None:
+    state = memory(3).state_dict(NAMES)
+    with pytest.raises(ValueError, match="keeps 7 components of 'bias', but this rank votes on 8: load"):
+        memory(3).load_state_dict(state, NAMES, [5000, 8])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -195,12 +196,20 @@ class Adaptive(Attack):
 
 
 class PoisonFlood(Attack):
-    """Liars say in every step that their gradients hold a NaN, which stops everybody."""
+    """Liars say that their gradients hold a NaN, which stops everybody.
+
+    Args:
+        pause_every: in one of so many steps they send none, so as never to have sent it in many in a row; None for all.
+    """
+
+    def __init__(self, pause_every: int | None = None) -> None:
+        if pause_every is not None and pause_every < 2:
+            raise ValueError(f"pause_every must be 2 steps or more, or None, got {pause_every!r}")
+        self.pause_every = pause_every
 
     def poisons(self, step: int) -> bool:
-        """Return True."""
-        del step
-        return True
+        """Return whether this is a step without a pause."""
+        return self.pause_every is None or (step + 1) % self.pause_every != 0
 
     def gradients(self, view: View) -> Tensor:
         """Return NaN."""
@@ -253,6 +262,7 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "stale": StaleRepeats,
     "adaptive": Adaptive,
     "poison": PoisonFlood,
+    "pulsed-poison": partial(PoisonFlood, 3),
     "malformed": Malformed,
     "lying-owners": LyingOwners,
 }

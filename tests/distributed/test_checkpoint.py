@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pickle
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +24,16 @@ import torch.distributed.checkpoint as dcp
 import xxhash
 
 from distsign import FixedConfidence, RMSConfidence, SignAdamPP, SignVoteState, TargetDensity
-from distsign.checkpoint import CheckpointError, load, save
+from distsign.checkpoint import CheckpointError, load, newest, save
 from tests.vote_states import undecided, unsent
 
 from . import checkpoint_jobs as jobs
 from .carry_oracle import CARRY
 from .oracle import Case
-from .ranks import RankPool, RanksFailed
+from .ranks import REPOSITORY, RankPool, RanksFailed
 
 Pools = Callable[[int], RankPool]
+NUM_KILLS = 60
 
 WAYS = {
     "rms": (replace(CARRY, options={}), 0.0),
@@ -196,11 +203,100 @@ def test_a_folder_whose_writing_was_broken_off_is_written_again(folder: Path) ->
 
 
 def test_a_checkpoint_of_another_model_is_refused(folder: Path) -> None:
-    with pytest.raises(RuntimeError, match="size mismatch for weight"):
-        load(a_run(num_inputs=8), folder)
+    other = a_run(num_inputs=8)
+    before = {name: value.clone() for name, value in other["model"].state_dict().items()}
+    said = "'model' is of another model: weight was (40, 9) when it was saved, and is (40, 8) here; load the checkpoint"
+    assert f"{folder}: {said}" in refusal(folder, other)
     only = a_run(confidence=FixedConfidence(1e-3))
-    with pytest.raises(ValueError, match="the checkpoint was written with RMSConfidence"):
-        load({"vote": only["vote"]}, folder)
+    said = "'vote' does not fit what was saved: ValueError: the checkpoint was written with RMSConfidence"
+    assert f"{folder}: {said}" in refusal(folder, {"model": torch.nn.Linear(9, 40), "vote": only["vote"]})
+    extra = torch.nn.Sequential(torch.nn.Linear(9, 40))
+    said = "'model' does not fit what was saved: RuntimeError: Error(s) in loading state_dict for Sequential: Missing"
+    assert f"{folder}: {said}" in refusal(folder, {"model": extra})
+    assert all(torch.equal(before[name], value) for name, value in other["model"].state_dict().items())
+
+
+def refuse_on_some(rank: int, world_size: int, folder: str) -> str:
+    """Rank 1 alone has another model than the one that was saved; all of them also load a vote, in which they meet."""
+
+    def parts(num_inputs: int) -> dict[str, Any]:
+        net, state = torch.nn.Linear(num_inputs, 40), SignVoteState(confidence=RMSConfidence(k=4))
+        state.track(net.named_parameters())
+        return {"vote": state, "model": net}
+
+    save(parts(9), folder)
+    with pytest.raises(CheckpointError) as caught:
+        load(parts(9 - rank), folder)
+    return str(caught.value)
+
+
+def test_what_one_rank_refuses_all_do(rank_pool: Pools, tmp_path: Path) -> None:
+    found = rank_pool(2).run(refuse_on_some, str(tmp_path / "step-1"))
+    assert found[0] == found[1] and "weight was (40, 9)" in found[0] and found[0].endswith("(seen by rank 1)")
+
+
+def test_the_newest_whole_checkpoint_is_found(folder: Path) -> None:
+    assert newest(folder.parent) == folder and newest(folder) is None and newest(folder / "nowhere") is None
+    later = folder.parent / "step-2"
+    save(a_run(), later)
+    assert newest(folder.parent) == later
+    (later / "__0_0.distcp").write_bytes(b"")
+    assert newest(folder.parent) == folder
+
+
+def save_until_killed(folder: Path, first: int, done: int, kill_at: int | None) -> None:
+    """Save one checkpoint after another and tell each that is done; die by one's own hand at a chosen operation."""
+    count = itertools.count()
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        touches = event in {"os.rename", "os.mkdir", "os.remove"} or (
+            event == "open" and str(args[0]).startswith(str(folder))
+        )
+        if touches and next(count) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    for step in itertools.count(first):
+        save({"weights": torch.full((10_000,), float(step)), "step": step}, folder / f"step-{step}")
+        os.write(done, step.to_bytes(4, "little"))
+
+
+def kill_many(folder: Path, seed: int) -> None:
+    """Kill writers at each operation on a file in turn, then at random moments; what was told to be done is whole."""
+    torch.set_num_threads(1)  # a fork inherits no thread, and would wait for OpenMP's for ever
+    rng, last, num_broken, found = random.Random(seed), 0, 0, None
+    for trial in range(NUM_KILLS):
+        told, done = os.pipe()
+        kill_at = trial if trial < NUM_KILLS // 2 else None
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):  # a child that goes on would kill writers of its own
+                save_until_killed(folder, last + 1, done, kill_at)
+            os._exit(1)
+        os.close(done)
+        if kill_at is None:
+            time.sleep(rng.uniform(0, 0.1))
+            os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        steps = os.read(told, 1 << 16)
+        os.close(told)
+        last = int.from_bytes(steps[-4:], "little") if steps else last
+        found = newest(folder)
+        num_broken += len(list(folder.iterdir())) > (0 if found is None else int(found.name[5:]))
+        loaded = {"weights": torch.zeros(10_000), "step": 0}
+        if last or found is not None:
+            assert found in (folder / f"step-{last}", folder / f"step-{last + 1}"), (trial, found, last)
+            load(loaded, found)
+            assert found.name == f"step-{loaded['step']}" and bool((loaded["weights"] == loaded["step"]).all())
+            last = int(found.name[5:])
+    assert num_broken > NUM_KILLS // 4 and last > 10, (num_broken, last)  # else nobody was killed where it matters
+
+
+def test_whenever_a_writer_is_killed_the_checkpoint_before_is_found(tmp_path: Path) -> None:
+    code = "from pathlib import Path; from tests.distributed.test_checkpoint import kill_many; "
+    command = [sys.executable, "-c", f"{code} kill_many(Path({str(tmp_path)!r}), 3)"]
+    done = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 class Evil:
