@@ -103,7 +103,7 @@ def load(
     Every file is held to its digest before anything is taken from it. No code is run that the files might hold: tensors
     and values are read with `weights_only`, and the index of `torch.distributed.checkpoint`, a pickle, with its own
     classes alone. With another number of ranks the states of the votes are made by `distsign.reshard`, which conserves
-    the sum of what the carries hold.
+    the sum of what the carries hold, but for standing ballots (`owner_carry="standing"`), which are dropped.
 
     Args:
         state_dict: what to load, by the names it was saved under. What has a `load_state_dict` is loaded in place,

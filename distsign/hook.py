@@ -4,6 +4,7 @@ A bucket's way is in `pipeline`.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -147,6 +148,7 @@ class SignVoteState:
         self._pipeline = VotePipeline(self._options, self._registry, self._counts)
         self._device: torch.device | None = None
         self._lr_is_scaled = not self._pipeline.memory.steering.scales_lr  # or somebody has asked for the factor
+        self._scale_matters = confidence.raw_units  # until a verdict shows that there is no scale
 
     # ------------------------------------------------------------------------------------------------- what users call
 
@@ -182,6 +184,8 @@ class SignVoteState:
 
         Raises:
             VoteError: if the hook has not run although there are several ranks: their gradients were never exchanged.
+                If a threshold is in units of the raw gradient, and verdicts have come as others than 1 and -1, although
+                no `loss_scale` is known.
         """
         self._pipeline.raise_if_broken()
         self._lr_is_scaled = True
@@ -193,8 +197,26 @@ class SignVoteState:
                     "model.register_comm_hook(state, sign_vote_hook) before the first backward"
                 )
             return 1.0
-        del parameter  # alike for all, so far
+        if self._scale_matters:
+            self._require_scale(parameter)
         return self._pipeline.lr_scale()
+
+    def _require_scale(self, parameter: Tensor) -> None:
+        grad = parameter.grad
+        if self.loss_scale is None and grad is not None and grad.numel():
+            if self._registry.row(parameter) in self._registry.rows_of(self._options.exclude):
+                return
+            vote = float(grad.abs().max())  # on CUDA waits for the device, until the first vote was seen
+            if vote == 0.0 or not math.isfinite(vote):
+                return
+            if vote != 1.0:
+                raise VoteError(
+                    f"the threshold of {self._options.confidence!r} is in units of the raw gradient, but verdicts came "
+                    f"to the optimizer as {vote:.3g} instead of 1: the loss was scaled, so that ballots were cast on "
+                    "gradients that many times too large, or gradients were clipped. Set state.loss_scale to the "
+                    "GradScaler, or to 1.0 if there is none"
+                )
+        self._scale_matters = False
 
     def traffic(self) -> Traffic:
         """Return bytes and densities of this rank so far. On CUDA this waits for the device."""

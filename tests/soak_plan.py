@@ -32,6 +32,14 @@ POISON = (NAN, INF)
 OF_LINKS = (CUT, SLOW)
 """Need the lab."""
 
+WAYS = {
+    "standing ballots": ("--owner-carry", "standing"),
+    "a budget": ("--bits-per-param", "0.5", "--carry", "bf16", "--owner-carry", "plain"),
+    "guards": ("--owner-carry", "standing", "--max-density", "0.3", "--max-poison-streak", "20"),
+    "all-gather": ("--owner-carry", "standing", "--exchange", "all_gather"),
+}
+"""Options of `launch.train` under which the ranks of a round vote."""
+
 STEPS_PER_FAULT = 7
 FIRST_STEP = 10
 """Two checkpoints lie behind it, so that the previous one is there when the last is damaged."""
@@ -65,11 +73,13 @@ class Round:
     Attributes:
         seed: of the training.
         faults: in the order of their steps.
+        way: of `WAYS`.
     """
 
     seed: int
     num_steps: int
     faults: list[Fault] = field(default_factory=list)
+    way: str = "standing ballots"
 
     @property
     def poison(self) -> dict[int, Fault]:
@@ -95,4 +105,4 @@ def draw_round(seed: int, number: int, num_faults: int, num_ranks: int, *, links
         draws = (draw.random(), draw.random(), draw.random())
         delay_s = draw.uniform(0, 0.5 if kind == KILL_STARTING else 0.05)
         faults.append(Fault(kind, rank, step, delay_s, draws))
-    return Round(draw.randrange(2**31), last + LAST_STEPS, faults)
+    return Round(draw.randrange(2**31), last + LAST_STEPS, faults, draw.choice([*WAYS]))

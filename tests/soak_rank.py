@@ -183,7 +183,8 @@ def _plant(board: Board, rank: int, poison: Mapping[int, Fault]) -> None:
             hook()
 
     Trainer._train_step = step_with_faults  # type: ignore[method-assign]
-    Link.all_to_all = wire.wrapping(Link.all_to_all)  # type: ignore[method-assign]
+    Link.all_to_all = wire.in_all_to_all(Link.all_to_all)  # type: ignore[method-assign]
+    Link.all_gather = wire.in_all_gather(Link.all_gather)  # type: ignore[method-assign]
 
 
 def _poison(trainer: Trainer, fault: Fault) -> Callable[[], None]:
@@ -226,17 +227,32 @@ class DamagedWire:
         self._phase = ("ballots", "verdicts")[draws[0] < 0.5]
         self._draws = draws
 
-    def wrapping(self, all_to_all: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def in_all_to_all(self, all_to_all: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def damaged(link: Link, source: Tensor, send: list[int], receive: list[int], what: str = "") -> Tensor:
             found = all_to_all(link, source, send, receive, what)
-            senders = [k for k in range(link.world_size) if k != link.rank and receive[k] > 0]
-            if self._draws is None or not what.startswith(self._phase) or not senders:
-                return found
-            sender = senders[int(self._draws[1] * len(senders))]
-            bit = int(self._draws[2] * 8 * receive[sender])
-            found[sum(receive[:sender]) + bit // 8] ^= 1 << bit % 8
-            self._draws = None
-            print(f"soak: flipped bit {bit} of the {self._phase} that rank {sender} wrote", flush=True)
+            if what.startswith(self._phase):
+                self._flip(link, found, receive, self._phase)
             return found
 
         return damaged
+
+    def in_all_gather(self, all_gather: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Here all that travels are ballots."""
+
+        def damaged(link: Link, source: Tensor, what: str = "") -> Tensor:
+            found = all_gather(link, source, what)
+            if source.dtype == torch.uint8:
+                self._flip(link, found.view(-1), [source.numel()] * link.world_size, "ballots")
+            return found
+
+        return damaged
+
+    def _flip(self, link: Link, found: Tensor, receive: list[int], phase: str) -> None:
+        senders = [k for k in range(link.world_size) if k != link.rank and receive[k] > 0]
+        if self._draws is None or not senders:
+            return
+        sender = senders[int(self._draws[1] * len(senders))]
+        bit = int(self._draws[2] * 8 * receive[sender])
+        found[sum(receive[:sender]) + bit // 8] ^= 1 << bit % 8
+        self._draws = None
+        print(f"soak: flipped bit {bit} of the {phase} that rank {sender} wrote", flush=True)

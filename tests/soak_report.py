@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.soak_life import SLACK_S
 
 LOSSES = (kinds.KILL, kinds.KILL_WRITING, kinds.FREEZE, kinds.CUT)
 NOT_COVERED = """\
+NaN and Inf are planted in the run without the other faults, too: a step that they skip is skipped in both.
 Left out: a rank that is lost before all have met (torchrun ends the others; by themselves they wait for half an hour,
 since a machine may still be fetching its data). Bits of payloads are flipped in the rank that receives, since TCP's
 checksum would hide a damaged packet. The ranks are forked from one process, and no torchrun starts them again:
@@ -35,7 +37,11 @@ def report(lines: Sequence[dict[str, Any]], timeout_s: float, no_lab: str, machi
     equal = sum(line["equal"] for line in rounds)
     text = [_table(faults, timeout_s), ""]
     text.append(f"{len(good)} of {len(faults)} faults survived; {sum(f['hangs'] for f in faults)} hangs")
-    text.append(f"{equal} of {len(rounds)} rounds ended in the state of the run without faults, bit for bit")
+    text.append(
+        f"{equal} of {len(rounds)} rounds ended in the state of the run without faults but the poison, bit for bit"
+    )
+    ways = Counter(line.get("way", "standing ballots") for line in rounds)
+    text.append("rounds by how they voted: " + ", ".join(f"{way} {count}" for way, count in sorted(ways.items())))
     lives, steps = sum(line["lives"] for line in rounds), sum(line["num_steps"] for line in rounds)
     lost = sum(line["steps_lost"] for line in rounds)
     text.append(f"{lost} steps lost, of {steps} in all; the ranks were started {lives} times")

@@ -14,7 +14,7 @@ from tests.distributed.checkpoint_jobs import paths
 from tests.distributed.losing import SMALL, VOTE
 from tests.soak_faults import Strike, strike
 from tests.soak_life import SLACK_S, Life
-from tests.soak_plan import KILL_STARTING, Fault, Round
+from tests.soak_plan import KILL_STARTING, WAYS, Fault, Round
 
 CHECKPOINT_EVERY = 4
 CHECK_REPLICAS = 3
@@ -68,7 +68,7 @@ class Run:
     def argv(self) -> list[str]:
         """Return the options of `launch.train`."""
         # With momentum the optimizer has a state of its own to lose, and both ends of the vote have carries.
-        ends = ["--momentum", "0.9", "--owner-carry", "standing", "--checksum", "--lr", "0.02", "--eval-every", "50"]
+        ends = ["--momentum", "0.9", *WAYS[self.plan.way], "--checksum", "--lr", "0.02", "--eval-every", "50"]
         steps = ["--steps", str(self.plan.num_steps), "--seed", str(self.plan.seed)]
         watch = ["--timeout", str(self.setting.timeout_s), "--check-replicas", str(CHECK_REPLICAS)]
         kept = ["--checkpoint", str(self.file), "--checkpoint-every", str(CHECKPOINT_EVERY), "--resume", "if-there"]
@@ -152,6 +152,7 @@ def run_round(
         struck(lives.strikes[-1])
     return {
         "seed": plan.seed,
+        "way": plan.way,
         "num_steps": plan.num_steps,
         "equal": not different and found["shared"]["step"] == plan.num_steps,
         "different": different[:5],

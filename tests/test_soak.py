@@ -38,10 +38,10 @@ def _warm() -> Iterator[None]:
 needs_ranks = pytest.mark.usefixtures("_warm")
 
 
-def plan_of(*kinds: str) -> Round:
+def plan_of(*kinds: str, way: str = "standing ballots") -> Round:
     """Return a round with these faults, on one rank after the other."""
     faults = [Fault(kind, k % 3, 9 + 3 * k, 0.01, (0.3, 0.6, 0.4)) for k, kind in enumerate(kinds)]
-    return Round(seed=5, num_steps=9 + 3 * len(kinds) + 12, faults=faults)
+    return Round(seed=5, num_steps=9 + 3 * len(kinds) + 12, faults=faults, way=way)
 
 
 def assert_survived(line: dict[str, Any], plan: Round) -> None:
@@ -62,6 +62,13 @@ def test_a_few_faults_and_the_same_end(tmp_path: Path) -> None:
     own = kept["ranks"][1]["hook"]
     assert all(kept["shared"]["optimizer"]["state"].values()) and own["voter"] and own["owner"], "nothing to lose"
     assert all("momentum_buffer" in each for each in kept["shared"]["optimizer"]["state"].values())
+
+
+@needs_ranks
+@pytest.mark.parametrize("way", [way for way in soak_plan.WAYS if way != "standing ballots"])
+def test_other_ways_to_vote(tmp_path: Path, way: str) -> None:
+    plan = plan_of(soak_plan.INF, soak_plan.WIRE, way=way)
+    assert_survived(run_round(LOCAL, plan, tmp_path), plan)
 
 
 @needs_lab
@@ -162,6 +169,7 @@ def test_a_schedule_is_a_matter_of_its_seed() -> None:
     drawn = [fault for number in range(50) for fault in draw_round(0, number, 20, 3, links=True).faults]
     assert {fault.kind for fault in drawn} == set(soak_plan.WEIGHTS)
     assert sum(fault.kind == soak_plan.KILL for fault in drawn) >= 100
+    assert {draw_round(0, number, 20, 3, links=True).way for number in range(50)} == set(soak_plan.WAYS)
     for number in range(20):
         without = draw_round(0, number, 20, 3, links=False)
         assert len(without.faults) == 20 and not {fault.kind for fault in without.faults} & {*soak_plan.OF_LINKS}

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from distsign import AdaptiveConfidence, Confidence, FixedConfidence, SignAdamPP, SignVoteState, sign_vote_hook
 from distsign.layout import Shape
+from distsign.registry import VoteError
 from distsign.traffic import step_bytes
 from distsign.vote import majority_vote
 from tests import GROUP_BYTES
@@ -251,6 +252,23 @@ def train_scaled(rank: int, world_size: int, confidence: Confidence, scaled: boo
     assert not scaled or scaler.get_scale() == 2.0**15
     state.close()
     return digest(net)
+
+
+def train_scaled_without_a_word(rank: int, world_size: int, confidence: Confidence, told: float | None) -> bool:
+    """Take a step under a `GradScaler` that the state knows nothing of; return whether it was refused."""
+    net, model, state = build(Case(confidence=confidence, options={"exclude": ["gain", "first.weight"]}))
+    optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, vote_state=state)
+    state.loss_scale, before, refused = told, digest(net), False
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler.scale(model(batch(rank, 0, 0, torch.float32)).square().mean()).backward()
+    try:
+        scaler.step(optimizer)
+    except VoteError as error:
+        assert "verdicts came to the optimizer as 0.000244 instead of 1" in str(error)
+        refused = True
+    assert (digest(net) == before) == refused
+    state.close()
+    return refused
 
 
 def overflow(rank: int, world_size: int, dtype: torch.dtype, scaled: bool) -> tuple[str, float]:

@@ -195,3 +195,21 @@ def test_ranks_report_poison_in_as_few_steps_as_predicted(
 def test_reports_between_nodes_and_within(rank_pool: Pools) -> None:
     each = report_bytes(2, 2).sent_bytes
     assert rank_pool(4).run(reports_cost, {"exchange": "hierarchical", "ranks_per_node": 2}, [3]) == [each] * 4
+
+
+def go_on_alone(rank: int, world_size: int) -> None:
+    """Rank 1 alone goes on from a state in which poison is held against rank 0."""
+    _, model, state = build(Case(options={"max_poison_streak": STREAK}))
+    state.track(model.named_parameters())
+    saved = state.state_dict()
+    held = {"left_out": [0, 0, 0], "score": [4, 0, 0]} if rank == 1 else saved["admission"]
+    state.load_state_dict({**saved, "admission": held})
+    model(batch(rank, 0, 0, torch.float32)).square().mean().backward()
+
+
+def test_a_state_that_one_rank_alone_has_loaded_is_noticed(rank_pool: Pools) -> None:
+    """They would report poison in different steps."""
+    words = (
+        r"ValueError: .*poison that is held against workers is \{.*\[0, 0, 0\]\} on ranks 0 and 2, but .*\[4, 0, 0\]"
+    )
+    rank_pool(3).run_expecting(words, go_on_alone, in_step=True)

@@ -101,6 +101,18 @@ def test_loss_scaling_changes_nothing(rank_pool: Pools, confidence: object) -> N
     assert len({*scaled, *plain}) == 1
 
 
+@pytest.mark.parametrize(
+    ("confidence", "told", "refused"),
+    [(FixedConfidence(1e-3), None, True), (FixedConfidence(1e-3), 1.0, False), (AdaptiveConfidence(), None, False)],
+    ids=repr,
+)
+def test_a_threshold_in_raw_units_needs_to_know_the_scale(
+    rank_pool: Pools, confidence: object, told: float | None, refused: bool
+) -> None:
+    """Parameters that are averaged are not told apart from scaled ones, and say nothing of it."""
+    assert rank_pool(2).run(jobs.train_scaled_without_a_word, confidence, told) == [refused] * 2
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_overflow_on_one_rank_skips_the_step_on_all(rank_pool: Pools, dtype: torch.dtype, scaled: bool) -> None:
