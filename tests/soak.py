@@ -29,8 +29,8 @@ from launch.metrics import describe_machine, read_lines
 from launch.netlab import Lab
 from launch.netns import LabUnavailable
 from launch.netrun import exit_on_signals
+from tests import forked
 from tests.soak_faults import RATE, Strike
-from tests.soak_life import warm
 from tests.soak_plan import Round, draw_round
 from tests.soak_report import report
 from tests.soak_round import Setting, run_round
@@ -139,10 +139,13 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     is_interrupted, why = False, ""
     try:
-        with lab_or_not(options.ranks) as (lab, why), warm():
+        forked.start()
+        with lab_or_not(options.ranks) as (lab, why):
             soak(options, Setting(options.ranks, options.timeout, lab))
     except KeyboardInterrupt:
         is_interrupted = True
+    finally:
+        forked.stop()
     lines = rounds_of(options)
     text = report(lines, options.timeout, why, describe_machine())
     (options.out / "report.txt").write_text(text)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import re
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from launch.netlab import MASTER_PORT, Lab
 from launch.netns import INTERFACE, node_address
+from tests.forked import context
 from tests.soak_plan import Round
 from tests.soak_rank import FIRST, LOST_AT_NS, MET, STARTED, STEP, Board, Place, live
 
@@ -30,8 +30,6 @@ LOST = re.compile(
     r"rank \d+ of \d+ [\w ]+,( after step \d+,)? waited in vain"
 )
 """A rank that has lost another says what it waited for."""
-
-_context = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
@@ -47,28 +45,6 @@ class End:
     rank: int
     code: int | None
     words: str
-
-
-@contextlib.contextmanager
-def warm() -> Iterator[None]:
-    """Keep the process that ranks are forked from; it imports torch, which takes seconds."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # libgomp's threads would not survive the fork
-    _context.set_forkserver_preload(
-        ["tests.soak_rank", "tests.soak_round"]
-    )  # the second: each rank runs the main module
-    try:
-        process = _context.Process(target=int)
-        process.start()
-        process.join()
-        if process.exitcode != 0:
-            raise RuntimeError("the process that ranks are forked from has not started")
-        yield
-    finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
-        forkserver._forkserver._stop()  # type: ignore[attr-defined] # it would end after us, in its own time
 
 
 class Life:
@@ -104,7 +80,8 @@ class Life:
             }
             namespace = None if lab is None else str(NAMESPACES / lab.namespace(rank))
             place = Place(rank, num_ranks, board, self._outputs[rank], namespace, environment)
-            self.processes.append(_context.Process(target=live, args=(place, list(argv), plan.poison), daemon=True))
+            args = place, list(argv), plan.poison
+            self.processes.append(context.Process(target=live, name=f"soak rank {rank}", args=args, daemon=True))
 
     def __enter__(self) -> Life:
         try:

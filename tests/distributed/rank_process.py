@@ -11,17 +11,19 @@ import pickle
 import re
 import select
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
-# torch is imported inside functions: a rank must arrange for its own end before it spends two seconds on that import.
+from tests.forked import context
+
+# torch is imported inside functions: it takes seconds where a rank is no fork of a process that has imported it.
+
+Environment = dict[str, str]
 
 OUTPUT_LIMIT_BYTES = 20_000
 
@@ -86,12 +88,19 @@ def _die_with_parent(lifeline_fd: int) -> None:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _rank_main(rank: int, world_size: int, fds: tuple[int, int, int]) -> None:
+def _rank_main(
+    rank: int, world_size: int, pipe: Connection, lifeline: Connection, files: tuple[str, str], environment: Environment
+) -> None:
     """Serve jobs from the pipe until the parent closes it."""
-    pipe_fd, lifeline_fd, stacks_fd = fds
-    _die_with_parent(lifeline_fd)
+    os.setsid()  # Ctrl-C is the parent's affair; and the whole group can be killed
+    _die_with_parent(lifeline.fileno())
+    output, stacks = (os.open(name, os.O_WRONLY | os.O_APPEND) for name in files)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.clear()
+    os.environ.update(environment)
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, file=stacks_fd, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
 
     import torch
 
@@ -101,8 +110,6 @@ def _rank_main(rank: int, world_size: int, fds: tuple[int, int, int]) -> None:
     torch.set_num_threads(1)
     plan.COALESCE_BYTES = GROUP_BYTES
     gc.freeze()  # so that the collection after each job looks at the job's objects only
-    pipe = Connection(pipe_fd)
-    environment = dict(os.environ)
     while True:
         try:
             request = pipe.recv_bytes()
@@ -138,10 +145,7 @@ def file_size(file: IO[bytes]) -> int:
 
 
 def _read_from(file: IO[bytes], start: int) -> str:
-    """Return what a rank wrote to `file` since `start`, shortened in front.
-
-    ``pread`` is used since the rank shares the file's offset: seeking here would move where it writes.
-    """
+    """Return what a rank wrote to `file` since `start`, shortened in front."""
     end = file_size(file)
     first = max(start, end - OUTPUT_LIMIT_BYTES)
     text = os.pread(file.fileno(), end - first, first).decode(errors="replace")
@@ -153,14 +157,14 @@ class RankProcess:
 
     def __init__(self, rank: int, world_size: int, store_port: int) -> None:
         self.rank = rank
-        self.output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        self.stacks = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self.output = tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by close()
+        self.stacks = tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by close()
         self.output_start = 0
-        self.pipe, theirs = Pipe()
-        lifeline, self.lifeline = os.pipe()
+        self.pipe, theirs = context.Pipe()
+        lifeline, self.lifeline = context.Pipe(duplex=False)
         environment = dict(
             os.environ,
-            # The jobs are found by qualified name, on the parent's path ('' stands for the working directory).
+            # What jobs start finds the parent's modules ('' stands for the working directory).
             PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path),
             PYTHONUNBUFFERED="1",
             GLOO_SOCKET_IFNAME="lo",
@@ -172,18 +176,18 @@ class RankProcess:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(store_port),
         )
-        fds = (theirs.fileno(), lifeline, self.stacks.fileno())
-        call = (rank, world_size, fds)
-        with theirs, open(lifeline, "rb"):
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import _rank_main; _rank_main{call!r}"],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=self.output,
-                stderr=self.output,
-                pass_fds=fds,
-                start_new_session=True,  # Ctrl-C is the parent's affair; and the whole group can be killed
+        files = self.output.name, self.stacks.name
+        with theirs, lifeline:
+            self.process = context.Process(
+                target=_rank_main, args=(rank, world_size, theirs, lifeline, files, environment)
             )
+            self.process.start()
+
+    @property
+    def pid(self) -> int:
+        """Its process, and the group of all that its jobs start."""
+        assert self.process.pid is not None
+        return self.process.pid
 
     def send(self, request: bytes) -> None:
         self.output_start = file_size(self.output)
@@ -195,9 +199,8 @@ class RankProcess:
         try:
             succeeded, value = pickle.loads(self.pipe.recv_bytes())
         except (EOFError, OSError):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(5.0)
-            return self.failure("RankDied", f"the process ended with {_exit_words(self.process.returncode)}", "")
+            self.process.join(5.0)
+            return self.failure("RankDied", f"the process ended with {_exit_words(self.process.exitcode)}", "")
         except Exception as error:  # the result's class cannot be rebuilt here
             return self.failure(type(error).__name__, f"the rank's result cannot be unpickled: {error}", "")
         if succeeded:
@@ -212,7 +215,7 @@ class RankProcess:
     def request_stacks(self) -> int:
         start = file_size(self.stacks)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGUSR1)
+            os.kill(self.pid, signal.SIGUSR1)
         return start
 
     def read_stacks(self, start: int, patience_s: float) -> str:
@@ -226,15 +229,15 @@ class RankProcess:
         return _read_from(self.stacks, start) or "(no stack came: the process is stopped, or not yet past its start)"
 
     def signal_group(self, number: int) -> None:
-        if self.process.poll() is None:
+        if self.process.exitcode is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
+                os.killpg(self.pid, number)
 
     def close(self) -> None:
         self.pipe.close()
         self.output.close()
         self.stacks.close()
-        os.close(self.lifeline)
+        self.lifeline.close()
 
 
 def _exit_words(code: int | None) -> str:

@@ -1,7 +1,7 @@
 """Real Gloo ranks for tests: a pool of processes for each world size that lives from test to test.
 
-Eight fresh ranks take seconds to start (each imports torch), so ``pool(8)`` starts them once and hands them job after
-job:
+Ranks are forks of one process that has imported torch and the kernels, and ``pool(8)`` starts them once and hands them
+job after job:
 
 >>> from tests.distributed.ranks import pool          # doctest: +SKIP
 >>> pool(4).run(my_job, 3, deadline_s=30)             # doctest: +SKIP
@@ -19,16 +19,16 @@ group unusable; and ranks end by themselves when their parent dies. ``torchrun.l
 from __future__ import annotations
 
 import atexit
-import contextlib
 import pickle
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+from tests import forked
 
 from .rank_process import RankFailure, RankProcess
 
@@ -38,9 +38,9 @@ WORLD_SIZES = (1, 2, 3, 4, 5, 8)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 GROUP_TIMEOUT_S = 20.0  # of the default group: a collective that lacks a rank fails, well before the deadline
-START_DEADLINE_S = 180.0  # eight imports of torch on two busy cores
+START_DEADLINE_S = 180.0  # should ranks be no forks, eight imports of torch on two busy cores
 GRACE_S = 3.0  # after one rank raised, for the others to fail too: they may sit in a collective until its timeout
-MEMORY_PER_RANK_BYTES = 512 << 20
+MEMORY_PER_RANK_BYTES = 256 << 20  # most of what a rank maps it shares with the others
 
 
 class RanksFailed(AssertionError):
@@ -69,7 +69,7 @@ class RankPool:
     @property
     def pids(self) -> list[int]:
         """Process ids by rank; empty before the first job and after a failure."""
-        return [rank.process.pid for rank in self._ranks]
+        return [rank.pid for rank in self._ranks]
 
     def run(
         self,
@@ -176,18 +176,18 @@ class RankPool:
                 rank.signal_group(signal.SIGTERM)
         end = time.monotonic() + (1.0 if at_once else 5.0)
         for rank in ranks:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                rank.process.wait(max(0.0, end - time.monotonic()))
+            rank.process.join(max(0.0, end - time.monotonic()))
         for rank in ranks:
             rank.signal_group(signal.SIGKILL)
         for rank in ranks:
-            rank.process.wait()
+            rank.process.join()
             rank.close()
         self._store = None
 
     def _start(self) -> None:
         import torch.distributed as dist
 
+        forked.start()
         _make_room(self)
         # The store lives here, on a port that the kernel picks: no port to guess, and it outlives any rank.
         timeout = timedelta(seconds=GROUP_TIMEOUT_S)

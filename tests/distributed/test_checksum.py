@@ -73,7 +73,7 @@ def train_on_a_damaged_link(
     `call` 0 is ballots, 1 verdicts; later ones are of the step's second exchange. Within a node 0 is gradients.
     """
     # A rank that closed its links while it knows of an error keeps some of them open: the others may wait for it.
-    net, model, state = build(replace(case, options={**case.options, "checksum": True}), impatient_group(10.0))
+    net, model, state = build(replace(case, options={**case.options, "checksum": True}), impatient_group(6.0))
     optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, vote_state=state)
     for step in range(5):
         optimizer.zero_grad()
