@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from distsign.admission import Admission
 from distsign.collectives import Link
 from distsign.exchange import VoteExchange
 from distsign.kernels import cpu
@@ -33,7 +34,7 @@ from distsign.payload import Form
 from distsign.voter import rotating_starts
 from distsign.wire import HEADER_BYTES, Header, PayloadError
 from tests.fuzz_cases import CHANGES, HARMLESS, HARMLESS_PLANES, Setting, changed, valid
-from tests.fuzz_oracle import Bytes, Read, SlowOwner, in_plane_order, read
+from tests.fuzz_oracle import Bytes, Read, SlowOwner, admitted, in_plane_order, most_votes, read
 
 PAYLOADS_A_SETTING = 1000
 HANG_S = 60.0
@@ -61,7 +62,9 @@ class Votes:
     def __init__(self, setting: Setting, rng: np.random.Generator, tried: Counter[tuple[str, str]]) -> None:
         self.setting, self.rng, self.tried = setting, rng, tried
         self.link = FakeLink(setting.rank, setting.num_voters)
-        self.exchange = VoteExchange(self.link, setting.kind, checksum=setting.layout.checksum)
+        admission = Admission(setting.num_voters, setting.max_density, 5)
+        admission.left_out = torch.tensor(setting.left_out)
+        self.exchange = VoteExchange(self.link, setting.kind, checksum=setting.layout.checksum, admission=admission)
         self.owner = make_owner(setting.owner_carry, setting.margin, setting.num_voters, forget=setting.forget)
         self.slow = SlowOwner(setting.owner_carry, setting.margin, setting.num_voters, setting.forget)
         owners, honesty = range(setting.num_voters), float(rng.choice([1.0, 0.8, 0.0, 0.0]))
@@ -141,16 +144,19 @@ class Votes:
     ) -> tuple[list[tuple[bool, Any, Any, Any]] | None, bool]:
         """Return poison, votes, census and average of the verdicts on each shard, None if something is refused."""
         setting, form = self.setting, self.setting.ballots
-        poison = any(each.poison for part in reads for each in part)
         if any(each.refused or each.damaged for part in reads for each in part):
             return None, False
+        out = setting.left_out
+        poison = any(each.poison and not gone for part in reads for each, gone in zip(part, out, strict=True))
         expected, is_poisoned = [], poison
-        for shard, part in zip(shards, reads, strict=True):
+        for shard, whole in zip(shards, reads, strict=True):
+            most, num_bits = most_votes(form, shard, setting.max_density), 8 * form.layout.plane_bytes(shard)
+            part = [admitted(each, gone, most, num_bits) for each, gone in zip(whole, out, strict=True)]
             mean = part[0].raw.copy()
             with np.errstate(all="ignore"):
                 for each in part[1:]:
                     mean += each.raw
-                mean /= np.float32(len(part))
+                mean /= np.float32(max(1, out.count(False)))
             here = poison or not np.isfinite(mean).all()
             is_poisoned |= here
             if here:

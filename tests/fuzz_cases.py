@@ -26,7 +26,7 @@ HARMLESS_PLANES = ("votes flipped", "random body", "zeros in the body", "ones in
 
 @dataclass
 class Setting:
-    """One way to vote: model, codec, budget, owner, exchange."""
+    """One way to vote: model, codec, budget, owner, exchange, guards."""
 
     kind: str
     layout: Layout
@@ -37,6 +37,8 @@ class Setting:
     margin: int
     owner_carry: str | None
     forget: bool
+    max_density: float | None
+    left_out: tuple[bool, ...]
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Setting:
@@ -59,14 +61,19 @@ class Setting:
         margin = int(rng.choice([1, rng.integers(1, num_voters + 1)]))
         kind, forget = str(rng.choice(["two_phase", "all_gather"])), bool(rng.integers(2))
         rank = int(rng.integers(num_voters))
-        return cls(kind, layout, ballots, verdicts, rank, num_voters, margin, owner_carry, forget)
+        max_density = [None, None, 0.01, 0.1, 0.4][rng.integers(5)]
+        left_out = tuple((rng.random(num_voters) < rng.choice([0.0, 0.0, 0.3])).tolist())
+        return cls(
+            kind, layout, ballots, verdicts, rank, num_voters, margin, owner_carry, forget, max_density, left_out
+        )
 
     def __str__(self) -> str:
         codecs = [None if code is None else code.num_slots for code in self.ballots.codes]
         return (
             f"{self.kind}, rank {self.rank} of {self.num_voters}, margin {self.margin}, carry {self.owner_carry}, "
             f"forget {self.forget}, {[s.num_elements for s in self.layout.shapes]} elements, slots {codecs}, "
-            f"checksum {self.layout.checksum}, {sum(self.ballots.raw_elements)} averaged"
+            f"checksum {self.layout.checksum}, {sum(self.ballots.raw_elements)} averaged, at most {self.max_density}, "
+            f"left out {[k for k, out in enumerate(self.left_out) if out]}"
         )
 
 

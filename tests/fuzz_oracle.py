@@ -5,7 +5,7 @@ It shares no code with the readers, kernels and owners of the library; of a payl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,23 @@ def votes_of(form: Form, owner: int, body: Bytes) -> Ints | None:
     votes = np.zeros(code.num_bits, dtype=np.int64)
     votes[position] = 1 - 2 * fields[:, -1]
     return votes
+
+
+def most_votes(form: Form, owner: int, max_density: float | None) -> float:
+    """Return how many votes a worker may have on one owner's pieces: of each a share, at least one."""
+    if max_density is None:
+        return float("inf")
+    return sum(max(1, int(max_density * length)) for length in form.layout.owned(owner)[0].length.tolist())
+
+
+def admitted(payload: Read, left_out: bool, most: float, num_bits: int) -> Read:
+    """Return what counts of a payload: of those of a worker that is left out nothing, and of too many votes none."""
+    too_many = payload.votes is not None and np.count_nonzero(payload.votes) > most
+    if not (left_out or too_many):
+        return payload
+    claims = None if payload.claims is None else np.zeros_like(payload.claims)
+    raw = np.zeros_like(payload.raw) if left_out else payload.raw
+    return replace(payload, votes=np.zeros(num_bits, dtype=np.int64), claims=claims, raw=raw)
 
 
 @dataclass
