@@ -17,21 +17,25 @@ from dataclasses import replace
 from statistics import mean, median
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from benchmarks import ranks
 from benchmarks.common import Column, Report, Row, error_of_median, parser, summary
 from benchmarks.step_schemes import Trainer, linear_layers, scheme, settings_of
 from distsign import ReplicaCheck
+from launch.hooks import SignVote
 
 CHECKS = {
     "none": (),
     "none again": (),
     "checksum": ("--checksum",),
-    "density": ("--max-density", "0.9"),
+    "density": ("--max-density", "{cap}"),
     "poison": ("--max-poison-streak", "10"),
-    "all": ("--checksum", "--max-density", "0.9", "--max-poison-streak", "10"),
+    "all": ("--checksum", "--max-density", "{cap}", "--max-poison-streak", "10"),
 }
+CAP, CAP_STEPS = 2.5, 100
+"""The cap on the density in honest densities, of which `SignVoteState` advises two to three; and steps to see these."""
 EVERY = 100
 NAMES = ("vote, adaptive, planes", "vote, RMS carry, planes", "vote, RMS, 0.1 bit")
 WARM_UP = 5
@@ -42,6 +46,7 @@ def table(ms: str, checks: Sequence[str]) -> tuple[Column, ...]:
     return (
         Column("rate", "link"),
         Column("name", "scheme"),
+        Column("cap", "max density", ".2g"),
         Column("ms", ms, ".1f"),
         Column("spread", "quartiles", ".0%"),
         Column("rounds", "steps", "d"),
@@ -53,17 +58,19 @@ def table(ms: str, checks: Sequence[str]) -> tuple[Column, ...]:
     )
 
 
-def measure(settings: dict[str, Any]) -> dict[str, dict[str, list[list[float]]]]:
+def measure(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Run on each rank: return by scheme and checks the milliseconds of each step, by the clock and this processor's.
 
-    `replicas` are those of comparisons of replicas.
+    `replicas` are those of comparisons of replicas; and `caps`, by scheme, are on the density.
     """
-    names, found = settings["checks"], {}
+    names, found, caps = settings["checks"], {}, {}
     for name in settings["schemes"]:
         plain, workload = scheme(name), linear_layers(**settings["trainer"])
-        trainers = {
-            checks: Trainer(replace(plain, arguments=(*plain.arguments, *CHECKS[checks])), workload) for checks in names
-        }
+        caps[name] = _cap(Trainer(plain, workload))
+        trainers = {}
+        for checks in names:
+            added = [argument.format(cap=caps[name]) for argument in CHECKS[checks]]
+            trainers[checks] = Trainer(replace(plain, arguments=(*plain.arguments, *added)), workload)
         replicas = ReplicaCheck(trainers["all"].model, trainers["all"].optimizer)
         times: dict[str, list[list[float]]] = {checks: [] for checks in (*names, "replicas")}
         for step in range(-WARM_UP, settings["steps"]):
@@ -78,7 +85,18 @@ def measure(settings: dict[str, Any]) -> dict[str, dict[str, list[list[float]]]]
         ranks.say(name)
         for trainer in trainers.values():
             trainer.combiner.close()
-    return found
+    return {"times": found, "caps": caps}
+
+
+def _cap(trainer: Trainer) -> float:
+    """Return the cap on the density for votes like this trainer's, alike on all ranks; it is closed."""
+    for _ in range(CAP_STEPS):
+        trainer.step()
+    assert isinstance(trainer.combiner, SignVote)
+    density = torch.tensor(trainer.combiner.state.traffic().ballot_density)
+    dist.all_reduce(density, dist.ReduceOp.MAX)
+    trainer.combiner.close()
+    return min(1.0, float(f"{CAP * float(density):.2g}"))
 
 
 def _timed(run: Callable[[], object]) -> list[float]:
@@ -128,8 +146,11 @@ def _measure_all(options: argparse.Namespace) -> None:
         title = f"{options.ranks} ranks, {num_params:,} parameters, {rate}"
         for way, (clock, head) in enumerate({"clock": "ms/step", "processors": "processors' ms/step"}.items()):
             rows = [
-                {"rate": rate, "by": clock, **row_of(name, _over_ranks([result[name] for result in results], way))}
-                for name in results[0]
+                {
+                    **{"rate": rate, "by": clock, "cap": results[0]["caps"][name]},
+                    **row_of(name, _over_ranks([result["times"][name] for result in results], way)),
+                }
+                for name in NAMES
             ]
             report.table(f"{title}, by the {clock}", table(head, checks), rows)
     report.write()
