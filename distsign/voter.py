@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from distsign.layout import IntArray, Layout
 
 __all__ = ["Cast", "Voter", "rotating_starts"]
 
+_CALM_STEPS = 4
+"""After so many steps without a ballot too many, caps are taken to leave none out; those of budgets do in most."""
 _ALIGN = 32
 """Elements; 64 bytes in half precision."""
 
@@ -82,6 +85,8 @@ class Voter:
         self._pending: list[tuple[Tensor, Tensor]] = []
         # Kept until the next step: on CUDA, `commit` runs on another stream than the one that will reuse their memory.
         self._committed: list[tuple[Tensor, Tensor]] = []
+        # Steps for which caps still count as ones that leave ballots out.
+        self._crowded_steps: WeakKeyDictionary[Layout, int] = WeakKeyDictionary()
 
     def grow(self, lengths: Sequence[int], device: torch.device) -> None:
         """Make room for all parameters, whose sizes are given, on this device."""
@@ -211,9 +216,9 @@ class Voter:
         """Pack with a carry what caps allow; return ballots of each row, whether all is finite, and what was crowded.
 
         Packing clears the carry of all that votes at once. What caps leave out must keep its own, so that settling
-        clears vote by vote; but wide caps seldom leave any out, and this is tried first.
+        clears vote by vote; but caps that left none out lately seldom do now, and this is tried first.
         """
-        if not forget and _is_wide(caps, layout) and out.device.type == "cpu":
+        if not forget and out.device.type == "cpu" and self._is_calm(layout):
             counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=True)
             kept, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=True)
             if crowded is None:
@@ -221,7 +226,13 @@ class Voter:
             # Anew, from the half of the memory that this step does not write, as if nothing had been packed.
         counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=forget)
         kept, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=forget)
+        before = self._crowded_steps.get(layout, 0)
+        self._crowded_steps[layout] = max(0, before - 1) if crowded is None else _CALM_STEPS
         return kept, finite, crowded
+
+    def _is_calm(self, layout: Layout) -> bool:
+        """Return whether caps have left no ballot out in the last steps."""
+        return self._crowded_steps.get(layout, 0) == 0
 
     def _settle(
         self,
@@ -290,11 +301,6 @@ class Voter:
             if self.memory.square is not None:
                 most = torch.finfo(self.memory.square.dtype).max  # of float32, what is larger would become infinite
                 self.memory.square[:, part] = kept["square"].to(self.stats.device).clamp(max=most)
-
-
-def _is_wide(caps: IntArray, layout: Layout) -> bool:
-    """Return whether caps let half of the components vote, as those of `max_density` do and those of budgets do not."""
-    return 2 * int(caps.sum()) >= layout.num_elements
 
 
 def _summed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from distsign import AdaptiveConfidence, Confidence, FixedConfidence, RMSConfidence, TargetDensity, voter
+from distsign import AdaptiveConfidence, Confidence, FixedConfidence, RMSConfidence, TargetDensity
 from distsign.ballots import cast_ballots
 from distsign.kernels import Kernels, cpu, reference
 from distsign.layout import Layout, Shape, caps_at
@@ -348,13 +349,13 @@ def test_growing_keeps_what_is_there(confidence: Confidence) -> None:
 
 @pytest.mark.parametrize("confidence", [FixedConfidence(1.0), RMSConfidence(k=0.5)], ids=lambda c: type(c).__name__)
 @pytest.mark.parametrize("share", [0.55, 0.8, 1.0])
-def test_wide_caps_leave_what_settling_vote_by_vote_leaves(
+def test_clearing_at_once_leaves_what_settling_vote_by_vote_leaves(
     monkeypatch: pytest.MonkeyPatch, share: float, confidence: Confidence
 ) -> None:
     """Packed anew where a cap left ballots out, and not where none did: planes, counts and memory are the same bits."""
     found = []
-    for is_wide in (True, False):
-        monkeypatch.setattr(voter, "_is_wide", lambda caps, layout, is_wide=is_wide: is_wide)
+    for is_calm in (True, False):
+        monkeypatch.setattr(Voter, "_is_calm", lambda self, layout, is_calm=is_calm: is_calm)
         worker = Worker(confidence, carry=torch.float32)
         caps = caps_at(share, worker.layout.all_pieces.length)
         trace = []
@@ -382,6 +383,33 @@ def test_wide_caps_leave_what_settling_vote_by_vote_leaves(
         assert crowded.any() == (share < 1) and not crowded.all()
     for ours, theirs in zip(*found, strict=True):
         assert all(map(torch.equal, ours, theirs))
+
+
+def test_the_carry_is_cleared_at_once_again_when_nothing_was_crowded_for_some_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ways, pack = [], Voter._pack_carry
+
+    def packing(self: Voter, *args: Any, clear: bool) -> Any:
+        ways[-1].append(clear)
+        return pack(self, *args, clear=clear)
+
+    monkeypatch.setattr(Voter, "_pack_carry", packing)
+    worker = Worker(FixedConfidence(1.0), carry=torch.float32)
+    for step in range(8):
+        ways.append([])
+        worker.voter.cast(
+            worker.gradient(step),
+            worker.layout,
+            worker.rows,
+            scale=torch.ones((), dtype=torch.float64),
+            kernels=cpu,
+            out=torch.zeros(worker.layout.buffer_bytes, dtype=torch.uint8),
+            step=step,
+            caps=caps_at(0.01 if step == 1 else 1.0, worker.layout.all_pieces.length),
+        )
+        worker.voter.commit(CLEAN)
+    assert ways == [[True], [True, False], *[[False]] * 4, [True], [True]]
 
 
 def test_what_float32_kept_is_finite_in_bfloat16() -> None:
