@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,34 +27,52 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def run_cases(cases: Path = CASES, *, interpreted: bool) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"}
-    # The interpreter computes with numpy, which warns of the overflows and NaNs that the cases are about.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, str(cases)], env=environment, cwd=cases.parent.parent, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+class Cases:
+    """Cases that run in a process of their own."""
+
+    def __init__(self, folder: Path, cases: Path = CASES, *, interpreted: bool) -> None:
+        environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"}
+        # The interpreter computes with numpy, which warns of the overflows and NaNs that the cases are about.
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
+        self._said = folder / f"{cases.stem}.txt"
+        with self._said.open("w") as said:
+            self.process = subprocess.Popen(
+                [*command, str(cases)], env=environment, cwd=cases.parent.parent, stdout=said, stderr=said
+            )
+
+    def require(self) -> None:
+        assert self.process.wait() == 0, self._said.read_text()[-10_000:]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Cases]]:
+    """In the interpreter, and compiled: at the same time, since each takes one core and a minute."""
+    folder = tmp_path_factory.mktemp("cases")
+    made = {"interpreted": Cases(folder, interpreted=True), "compiled": Cases(folder, COMPILED, interpreted=False)}
+    yield made
+    for each in made.values():
+        each.process.kill()
+        each.process.wait()
 
 
 @needs_triton
 @pytest.mark.timeout(600)
-def test_the_kernels_in_the_interpreter() -> None:
-    run_cases(interpreted=True)
+def test_the_kernels_in_the_interpreter(both: dict[str, Cases]) -> None:
+    both["interpreted"].require()
 
 
 @needs_triton
 @pytest.mark.timeout(600)
-def test_the_kernels_compile_without_a_device() -> None:
-    run_cases(COMPILED, interpreted=False)
+def test_the_kernels_compile_without_a_device(both: dict[str, Cases]) -> None:
+    both["compiled"].require()
 
 
 @needs_triton
 @pytest.mark.cuda
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_kernels_on_a_device() -> None:
-    run_cases(interpreted=False)
+def test_the_kernels_on_a_device(tmp_path: Path) -> None:
+    Cases(tmp_path, interpreted=False).require()
 
 
 @needs_triton
