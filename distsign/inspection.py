@@ -65,27 +65,27 @@ class Inspection:
             PayloadError: on the CPU, if a payload came damaged, or a header is another than expected. On CUDA all
                 payloads are flagged then.
         """
-        on_cpu = rows.device.type == "cpu"
+        defers = self.defers(rows.device)
         if self._checksum:
             damaged = find_damaged(rows, [form.sizes[owner] for owner in owners], own)
-            if on_cpu:
-                self._require_undamaged(form, damaged, owners, column)
-            else:
+            if defers:
                 self._note(damaged.any())
+            else:
+                self._require_undamaged(form, damaged, owners, column)
         else:
             damaged = rows.new_zeros(rows.shape[0], len(owners), dtype=torch.bool)
-        if on_cpu and form.has_usual_headers(rows, owners):
+        if not defers and form.has_usual_headers(rows, owners):
             return damaged
         headers, poisoned, foreign = form.read_headers(rows, owners)
         foreign = foreign & ~damaged  # a damaged header is not to be believed
-        if on_cpu:
-            if foreign.any():
-                k, row = foreign.t().nonzero()[0].tolist()
-                sender = self.rank_of(owners[k] if form.verdict else row, column)
-                data = bytes(headers[row, k].tolist())
-                Header.expect(data, form.headers[owners[k]], sender=sender, receiver=self._ranks.rank)
-            return poisoned | damaged
-        return poisoned | damaged | self._note(foreign.any())
+        if defers:
+            return poisoned | damaged | self._note(foreign.any())
+        if foreign.any():
+            k, row = foreign.t().nonzero()[0].tolist()
+            sender = self.rank_of(owners[k] if form.verdict else row, column)
+            data = bytes(headers[row, k].tolist())
+            Header.expect(data, form.headers[owners[k]], sender=sender, receiver=self._ranks.rank)
+        return poisoned | damaged
 
     def require(self, ok: Tensor, poisoned: Tensor, what: str, column: int) -> Tensor:
         """Demand that bodies could be read; return whether the step is poisoned, bool scalar tensor.
@@ -99,8 +99,8 @@ class Inspection:
         Raises:
             PayloadError: on the CPU, if any could not.
         """
-        if ok.device.type != "cpu":
-            return poisoned | self._note(~ok.all())
+        if self.defers(ok.device):
+            return poisoned | self._note(~(ok | poisoned).all())
         if not (poisoned or ok.all()):
             senders = ", ".join(str(self.rank_of(k, column)) for k, fine in enumerate(ok.tolist()) if not fine)
             raise PayloadError(
@@ -108,6 +108,11 @@ class Inspection:
                 "distsign writes. It was damaged on its way, or its sender does not run the same distsign"
             )
         return poisoned
+
+    @staticmethod
+    def defers(device: torch.device) -> bool:
+        """Return whether what is amiss poisons the step and is raised later, as to look would wait for the device."""
+        return device.type != "cpu"
 
     def rank_of(self, voter: int, column: int) -> int:
         """Return the rank, among all of the vote, that has this column in a voter's node."""
@@ -153,14 +158,14 @@ class Inspection:
         self._amiss = torch.zeros_like(amiss)
         if self._has_to_report(poisoned):
             amiss, seen = self._reported(amiss, seen)
-        if amiss.device.type != "cpu":
+        if self.defers(amiss.device):
             self._mismatch = amiss if self._mismatch is None else self._mismatch | amiss
         self._admission.commit(seen)
         return amiss
 
     def _has_to_report(self, poisoned: Tensor) -> bool:
         """Return whether ranks have to report to each other what they have seen; alike on all of them."""
-        if poisoned.device.type != "cpu":
+        if self.defers(poisoned.device):
             return self.reports  # to look at `poisoned` would wait for the device
         # Of the poison of one that is left out no verdict tells.
         return self._tells_poison and bool(poisoned or self._admission.left_out.any())

@@ -359,7 +359,7 @@ class VotePipeline:
         assert self.exchange is not None
         inspection = self.exchange.inspection
         amiss = inspection.agree(self._poisoned)
-        if inspection.reports and amiss.device.type != "cpu":
+        if inspection.reports and inspection.defers(amiss.device):
             self._poisoned = self._poisoned | amiss
             for bucket in group:
                 bucket.gradient.masked_fill_(amiss, math.nan)

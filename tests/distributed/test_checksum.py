@@ -12,6 +12,8 @@ from torch import Tensor
 
 from distsign import AdaptiveConfidence, SignAdamPP, SignVoteState, sign_vote_hook
 from distsign.collectives import Link
+from distsign.inspection import Inspection
+from distsign.wire import PayloadError
 
 from . import hook_jobs
 from .carry_oracle import CARRY
@@ -135,6 +137,58 @@ def test_damage_between_nodes_and_within(
 ) -> None:
     found = rank_pool(4).run(train_on_a_damaged_link, CASES["nodes"], call, bit, sender, name)
     require_told(found, writer, 2, receivers)
+
+
+def train_on_a_damaged_link_as_on_a_device(
+    rank: int, world_size: int, case: Case, call: int, bit: int, sender: int, name: str
+) -> tuple[list[int], list[str], str]:
+    """Return the steps that were left out here, the parameters after each step, and what was raised in the end.
+
+    Of a CUDA device nothing is looked at within a step, and what is amiss is raised later. Here CPU tensors are treated
+    so.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Inspection, "defers", staticmethod(lambda device: True))
+        net, model, state = build(replace(case, options={**case.options, "checksum": True}))
+        optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, vote_state=state)
+        left_out, digests = [], []
+        for step in range(5):
+            optimizer.zero_grad()
+            model(batch(rank, step, 0, torch.float32)).square().mean().backward()
+            left_out += [step] if any(p.grad is not None and p.grad.isnan().any() for p in net.parameters()) else []
+            before = digest(net)
+            optimizer.step()
+            digests.append(digest(net))
+            assert step not in left_out or digests[-1] == before
+            if rank == 2 and step == 0:
+                DamagedLink(state, sender, call, bit, name).install()
+        with pytest.raises(PayloadError) as caught:
+            state.traffic()
+        state.close()
+        return left_out, digests, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "sender", "call", "bit", "link"),
+    [
+        ("planes", 3, 1, 0, 0, "_voters"),
+        ("planes", 3, 1, 1, 17, "_voters"),
+        ("planes", 3, 1, 3, -1, "_voters"),
+        ("sparse", 3, 1, 1, 16, "_voters"),
+        ("excluded", 3, 1, 1, -40, "_voters"),
+        ("all-gather", 3, 1, 0, 99, "_voters"),
+        ("streak", 3, 1, 1, 17, "_voters"),
+        ("nodes", 4, 0, 1, 99, "_voters"),
+        ("nodes", 4, 1, 1, 99, "_node"),
+    ],
+)
+def test_on_a_device_all_leave_the_step_out(
+    rank_pool: Pools, name: str, world_size: int, sender: int, call: int, bit: int, link: str
+) -> None:
+    found = rank_pool(world_size).run(train_on_a_damaged_link_as_on_a_device, CASES[name], call, bit, sender, link)
+    for left_out, digests, said in found:
+        assert left_out == [2] and digests == found[0][1]
+        assert "with a checksum any rank, had a header or a body other than expected, or its checksum did not" in said
 
 
 def train_both_ways(rank: int, world_size: int, case: Case) -> list[str]:
