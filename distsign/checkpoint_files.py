@@ -28,6 +28,7 @@ __all__ = [
     "digest_of",
     "entry_of",
     "newest",
+    "sync_folder",
     "verify_or_offer",
     "write_digests",
 ]
@@ -68,13 +69,13 @@ def write_digests(folder: Path, files: dict[str, list[Any]]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(folder / DIGESTS)
-        _sync(folder)
+        sync_folder(folder)
     except OSError as error:
         raise CheckpointError(f"{folder / DIGESTS} cannot be written: {error.strerror}") from error
 
 
-def _sync(folder: Path) -> None:
-    # The rename itself must reach the disk; some network file systems know no fsync of a folder.
+def sync_folder(folder: Path) -> None:
+    """Let renames in a folder reach the disk; some network file systems know no fsync of a folder."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from distsign.checkpoint_files import sync_folder
 from distsign.nest import put_tensors, take_tensors
 from launch.options import RESUME_IF_THERE, RESUME_PREVIOUS, UsageError
 from launch.runtime import Ranks
@@ -114,9 +115,9 @@ def write(path: str, content: dict[str, Any]) -> None:
         with contextlib.suppress(UnusableError, FileNotFoundError):
             _body_of(target)
             target.replace(previous_of(path))
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         partial.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -269,13 +270,3 @@ def _misfit(content: dict[str, Any], trajectory: dict[str, Any], world_size: int
             f"is {trajectory[name]}; give the same options, or another --checkpoint"
         )
     return None
-
-
-def _sync_folder(folder: Path) -> None:
-    # The rename itself must reach the disk; some network file systems know no fsync of a folder.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
