@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -317,18 +320,44 @@ def _group_of(parent: dist.ProcessGroup, parts: list[list[int]]) -> dist.Process
     for ranks in parts:
         if dist.get_rank() in ranks or not local:
             try:
-                with _unbound() if local else contextlib.nullcontext():
-                    group = dist.new_group(
-                        ranks,
-                        timeout=_timeout_of(parent),
-                        backend=dist.get_backend(parent),
-                        use_local_synchronization=local,
-                    )
-            except RuntimeError as error:
+                group = _in_time(partial(_new_group, parent, ranks, local=local), parent)
+            except (RuntimeError, TimeoutError) as error:
                 raise LinkError(f"ranks {ranks} could not make a process group: {_in_short(error)}") from error
             mine = group if dist.get_rank() in ranks else mine
     assert mine is not None
     return mine
+
+
+def _new_group(parent: dist.ProcessGroup, ranks: list[int], *, local: bool) -> dist.ProcessGroup:
+    with _unbound() if local else contextlib.nullcontext():
+        group: dist.ProcessGroup = dist.new_group(
+            ranks, timeout=_timeout_of(parent), backend=dist.get_backend(parent), use_local_synchronization=local
+        )
+    return group
+
+
+def _in_time(make: Callable[[], T], parent: dist.ProcessGroup) -> T:
+    """Return what `make` does, or raise TimeoutError a second after a Gloo group's timeout.
+
+    When torch has waited for its store that long it asks the store to cancel, and waits for the answer for ever: over a
+    link that is down it would never come. It is left waiting in a thread.
+    """
+    limit = _timeout_of(parent)
+    if limit is None or dist.get_backend(parent) != "gloo":
+        return make()
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(make())
+        except BaseException as error:
+            found.set_exception(error)
+
+    Thread(target=run, name="distsign group", daemon=True).start()
+    try:
+        return found.result(limit.total_seconds() + 1.0)
+    except TimeoutError:
+        raise TimeoutError(f"no answer from the store within {limit.total_seconds():g} s and one more") from None
 
 
 @contextlib.contextmanager
@@ -347,7 +376,7 @@ def _unbound() -> Iterator[None]:
         world.bound_device_id = bound
 
 
-def _in_short(error: RuntimeError) -> str:
+def _in_short(error: Exception) -> str:
     """Return the first sentence of torch's words, without the place in its own sources."""
     text = str(error).partition("] ")[2] or str(error)
     return text.splitlines()[0].partition(". ")[0]

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -389,6 +390,20 @@ def skip_a_step(rank: int, world_size: int, absent: int, timeout_s: float) -> No
             return
         model.zero_grad()
         model(batch(rank, step, 0, torch.float32)).square().mean().backward()
+
+
+def vote_without_a_store(rank: int, world_size: int) -> tuple[str, float]:
+    """The vote's group can't be made, for the store never answers, as over a link that is down; what is raised, when.
+
+    Torch waits for it in C++, without the interpreter's lock.
+    """
+    net, model, state = build(Case(), impatient_group(3.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "new_group", lambda *args, **kwargs: time.sleep(30))
+        began = time.monotonic()
+        with pytest.raises(RuntimeError) as caught:
+            model(batch(rank, 0, 0, torch.float32)).square().mean().backward()
+        return str(caught.value), time.monotonic() - began
 
 
 def unregistered(rank: int, world_size: int) -> None:

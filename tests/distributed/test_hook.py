@@ -169,6 +169,13 @@ def test_gradients_that_cannot_be_voted_on(rank_pool: Pools, what: str, words: s
     rank_pool(2).run_expecting(words, jobs.vote_on, what, in_step=True)
 
 
+def test_a_store_that_does_not_answer_is_an_error_in_time(rank_pool: Pools) -> None:
+    found = rank_pool(2).run(jobs.vote_without_a_store)
+    for said, seconds in found:
+        assert "ranks [0, 1] could not make a process group: no answer from the store within 3 s and one more" in said
+        assert 3.9 < seconds < 15
+
+
 def test_an_absent_rank_is_an_error_in_time(rank_pool: Pools) -> None:
     rank_pool(3).run_expecting(VoteError, jobs.skip_a_step, 1, 3.0, ranks=[0, 2], deadline_s=30.0)
 
