@@ -297,8 +297,15 @@ class Trainer:
         self._state.restore(found, options.hook)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line; does not return where the user has made a mistake."""
+def main(argv: list[str] | None = None, *, leave: bool = False) -> None:
+    """Run the command line; does not return where the user has made a mistake.
+
+    Args:
+        argv: the arguments; None: those of the process.
+        leave: end the process in the end instead of giving back what torch holds. After the last line it once hung
+            there, and once aborted ("terminate called without an active exception"), so that a whole run counted as
+            failed. The causes are not established.
+    """
     try:
         if (sys.argv[1:] if argv is None else argv) == [check.FLAG]:
             check.answer(sys.stdin, sys.stdout)
@@ -316,6 +323,10 @@ def main(argv: list[str] | None = None) -> None:
         with watch(ranks):
             trainer = Trainer(options, ranks, device)
         trainer.run()
+        if leave:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
         trainer.close()
         dist.destroy_process_group()
     except (UsageError, DataError) as error:
@@ -336,10 +347,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    # Straight out, without tearing the interpreter down: one of four ranks once aborted there, after the last line,
-    # with "terminate called without an active exception", and the run counted as failed. The cause is not
-    # established; a thread of Gloo that asks for the interpreter's lock too late would look like that.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    main(leave=True)
