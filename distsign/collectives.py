@@ -337,7 +337,7 @@ def _new_group(parent: dist.ProcessGroup, ranks: list[int], *, local: bool) -> d
 
 
 def _in_time(make: Callable[[], T], parent: dist.ProcessGroup) -> T:
-    """Return what `make` does, or raise TimeoutError a second after a Gloo group's timeout.
+    """Return what `make` does, or raise TimeoutError half a second after a Gloo group's timeout.
 
     When torch has waited for its store that long it asks the store to cancel, and waits for the answer for ever: over a
     link that is down it would never come. It is left waiting in a thread.
@@ -354,10 +354,11 @@ def _in_time(make: Callable[[], T], parent: dist.ProcessGroup) -> T:
             found.set_exception(error)
 
     Thread(target=run, name="distsign group", daemon=True).start()
+    within = limit.total_seconds() + 0.5
     try:
-        return found.result(limit.total_seconds() + 1.0)
+        return found.result(within)
     except TimeoutError:
-        raise TimeoutError(f"no answer from the store within {limit.total_seconds():g} s and one more") from None
+        raise TimeoutError(f"no answer from the store within {within:g} s") from None
 
 
 @contextlib.contextmanager
