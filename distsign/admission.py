@@ -162,15 +162,20 @@ class Admission:
         """Return who is left out now as a flood of poison. Waits for the device."""
         return tuple(self.left_out.nonzero().flatten().tolist())
 
-    def state_dict(self) -> dict[str, list[int]]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
-        return {"left_out": self.left_out.int().tolist(), "score": self._score.tolist()}
+        score = self._score.tolist()
+        return {"left_out": self.left_out.int().tolist(), "score": score, "max_poison_streak": self.max_poison_streak}
 
-    def load_state_dict(self, state: Mapping[str, list[int]] | None) -> None:
-        """Go on from `state_dict()` of as many workers; or, with anything else, let all begin anew."""
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from `state_dict()` of as many workers and the same `max_poison_streak`; else let all begin anew.
+
+        A score counts in units of it.
+        """
         anew = [0] * self._score.numel()
-        if state is None or len(state.get("score", ())) != len(anew):
-            state = {"left_out": anew, "score": anew}
-        self.left_out = torch.tensor(state["left_out"], dtype=torch.bool, device=self.left_out.device)
-        self._score = torch.tensor(state["score"], dtype=torch.int64, device=self._score.device)
+        known = {} if state is None else state
+        if len(known.get("score", ())) != len(anew) or known.get("max_poison_streak") != self.max_poison_streak:
+            known = {"left_out": anew, "score": anew}
+        self.left_out = torch.tensor(known["left_out"], dtype=torch.bool, device=self.left_out.device)
+        self._score = torch.tensor(known["score"], dtype=torch.int64, device=self._score.device)
         self._news, self._told = None, list(self.numbers())

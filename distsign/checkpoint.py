@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.nn.parameter import is_lazy
 
 from distsign.checkpoint_files import (
     DIGESTS,
@@ -134,30 +135,41 @@ def load(
     missing = sorted(state_dict.keys() - loaded.keys())
     if missing:
         raise CheckpointError(f"{folder} has no {missing[0]!r}: it has {', '.join(sorted(planner.names))}")
-    # Votes first, since all ranks meet in them; models last, which one that does not fit would leave half loaded.
     models = [key for key, value in state_dict.items() if isinstance(value, nn.Module)]
+    others = [key for key in state_dict if key not in votes and key not in models]
     _alike(lambda: _require_shapes(folder, models, state_dict, loaded), process_group)
-    for key in votes:
+
+    def choose(key: str) -> None:
         states = _states(folder, key, loaded[key])
         loaded[key] = states[0] if key in planner.own else reshard(states, world_size, votes[key])[rank]
-    for keys in (votes, state_dict.keys() - votes.keys() - set(models), models):
-        _alike(partial(_take, folder, keys, state_dict, loaded), process_group)
+
+    # In the order of the dict: a part's own `load_state_dict` may be a collective. Models last, so that a part that
+    # does not fit is found before they are changed.
+    for do, keys in ((choose, votes), (partial(_take, state_dict, loaded), [*votes, *others, *models])):
+        for key in keys:
+            _alike(partial(_fitting, folder, key, do), process_group)
 
 
-def _take(folder: Path, keys: Iterable[str], state_dict: dict[str, Any], loaded: Mapping[str, Any]) -> None:
-    """Let what has these keys take up what was loaded for it."""
-    for key in keys:
-        value = state_dict[key]
-        try:
-            if isinstance(value, torch.optim.Optimizer):
-                value.load_state_dict(_with_numbers(loaded[key]))
-            elif isinstance(value, (Stateful, SignVoteState)):
-                value.load_state_dict(loaded[key])
-            else:
-                state_dict[key] = loaded[key]
-        except Exception as error:  # of any class that a `load_state_dict` of the user's has for it
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            raise CheckpointError(f"{folder}: {key!r} does not fit what was saved: {text}") from error
+def _fitting(folder: Path, key: str, do: Callable[[str], None]) -> None:
+    """Do something with a part; whatever its own code raises is an error that names the part."""
+    try:
+        do(key)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{folder}: {key!r} does not fit what was saved: {text}") from error
+
+
+def _take(state_dict: dict[str, Any], loaded: Mapping[str, Any], key: str) -> None:
+    """Let a part take up what was loaded for it."""
+    value = state_dict[key]
+    if isinstance(value, torch.optim.Optimizer):
+        value.load_state_dict(_with_numbers(loaded[key]))
+    elif isinstance(value, (Stateful, SignVoteState)):
+        value.load_state_dict(loaded[key])
+    else:
+        state_dict[key] = loaded[key]
 
 
 def _require_shapes(
@@ -167,7 +179,9 @@ def _require_shapes(
     for key in keys:
         for name, value in state_dict[key].state_dict().items():
             saved = loaded[key].get(name) if isinstance(loaded[key], Mapping) else None
-            if isinstance(value, Tensor) and isinstance(saved, Tensor) and value.shape != saved.shape:
+            if not isinstance(value, Tensor) or is_lazy(value):  # the latter takes any shape
+                continue
+            if isinstance(saved, Tensor) and value.shape != saved.shape:
                 raise CheckpointError(
                     f"{folder}: {key!r} is of another model: {name} was {tuple(saved.shape)} when it was saved, and is "
                     f"{tuple(value.shape)} here; load the checkpoint of this model"

@@ -70,6 +70,7 @@ def write_digests(folder: Path, files: dict[str, list[Any]]) -> None:
             os.fsync(file.fileno())
         partial.replace(folder / DIGESTS)
         sync_folder(folder)
+        sync_folder(folder.parent)  # where the folder itself is new
     except OSError as error:
         raise CheckpointError(f"{folder / DIGESTS} cannot be written: {error.strerror}") from error
 
@@ -98,11 +99,15 @@ def _verify(folder: Path, part: int = 0, num_parts: int = 1) -> None:
         raise CheckpointError(f"{index} is damaged: it is no list of files and digests") from error
     for number, (name, (size, digest)) in enumerate(sorted(files.items())):
         path = folder / name
-        if not path.exists():
+        try:
+            found = path.stat().st_size
+        except OSError as error:
             whose = f", which rank {name[2:].split('_')[0]} wrote," if name.startswith("__") else ""
-            raise CheckpointError(f"{path}{whose} is missing")
-        if path.stat().st_size != size:
-            raise CheckpointError(f"{path} is damaged: it has {path.stat().st_size:,} bytes, {size:,} were written")
+            gone = isinstance(error, FileNotFoundError)
+            reason = "is missing" if gone else f"cannot be read: {error.strerror}"
+            raise CheckpointError(f"{path}{whose} {reason}") from error
+        if found != size:
+            raise CheckpointError(f"{path} is damaged: it has {found:,} bytes, {size:,} were written")
         if number % num_parts == part and digest_of(path)[1] != digest:
             raise CheckpointError(f"{path} is damaged: its bytes are not those that were written, by their digest")
 
@@ -133,11 +138,18 @@ def newest(folder: str | os.PathLike[str]) -> Path | None:
     """
     parent = Path(folder)
     beside = parent.glob(f"*/{DIGESTS}") if parent.is_dir() else iter(())
-    for index in sorted(beside, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for index in sorted(beside, key=_when_written, reverse=True):
         with contextlib.suppress(CheckpointError):
             _verify(index.parent)
             return index.parent
     return None
+
+
+def _when_written(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # another program may remove old checkpoints meanwhile
+        return 0
 
 
 # ----------------------------------------------------------------------------------- reading, without running any code

@@ -254,15 +254,15 @@ class VoteExchange:
             # A minority cannot raise the thresholds of all by claiming to be crowded.
             crowded = too_many | (2 * found.crowded.sum(0) >= self.num_voters)
         payload, fits = verdicts.seal_one(shard, planes, crowded, mean, poisoned, kernels)
-        if fits.device.type == "cpu" and not (poisoned or fits):
+        if self.inspection.defers(fits.device):  # the payload carries poison
+            self.inspection.require(fits | poisoned, poisoned, "verdicts", self.local_rank)
+        elif not (poisoned or fits):
             voters = ballots.overfull(shard, found, kernels)
             liars = ", ".join(str(self.inspection.rank_of(voter, self.local_rank)) for voter in voters)
             raise PayloadError(
-                f"rank {self.inspection.rank_of(self.rank, self.local_rank)} counts more verdicts than a payload has "
-                f"slots for: rank {liars} cast more ballots on a parameter than its cap allows, which no distsign does"
+                f"rank {self._all.rank} counts more verdicts than a payload has slots for: rank {liars} cast more "
+                "ballots on a parameter than its cap allows, which no distsign does"
             )
-        if fits.device.type != "cpu":  # the payload carries poison
-            self.inspection.require(fits | poisoned, poisoned, "verdicts", self.local_rank)
         return payload
 
 

@@ -183,9 +183,9 @@ class SignVoteState:
         It is 1 but for a warm-up of the confidence function. A float on the CPU, a scalar tensor elsewhere.
 
         Raises:
-            VoteError: if the hook has not run although there are several ranks: their gradients were never exchanged.
-                If a threshold is in units of the raw gradient, and verdicts have come as others than 1 and -1, although
-                no `loss_scale` is known.
+            VoteError: if the hook has not run although there are several ranks: their gradients were never exchanged;
+                or has not seen this parameter, which has a gradient. If a threshold is in units of the raw gradient and
+                the first verdicts that are not 0 come unscaled by a `GradScaler` that is not the `loss_scale`.
         """
         self._pipeline.raise_if_broken()
         self._lr_is_scaled = True
@@ -197,25 +197,26 @@ class SignVoteState:
                     "model.register_comm_hook(state, sign_vote_hook) before the first backward"
                 )
             return 1.0
-        if self._scale_matters:
-            self._require_scale(parameter)
+        row = self._registry.row(parameter)
+        if self._scale_matters and self.loss_scale is None:
+            self._require_no_scale(parameter, row)
         return self._pipeline.lr_scale()
 
-    def _require_scale(self, parameter: Tensor) -> None:
+    def _require_no_scale(self, parameter: Tensor, row: int | None) -> None:
+        """Refuse first verdicts that a loss scale has divided: a power of two, which clipping leaves none."""
         grad = parameter.grad
-        if self.loss_scale is None and grad is not None and grad.numel():
-            if self._registry.row(parameter) in self._registry.rows_of(self._options.exclude):
-                return
-            vote = float(grad.abs().max())  # on CUDA waits for the device, until the first vote was seen
-            if vote == 0.0 or not math.isfinite(vote):
-                return
-            if vote != 1.0:
-                raise VoteError(
-                    f"the threshold of {self._options.confidence!r} is in units of the raw gradient, but verdicts came "
-                    f"to the optimizer as {vote:.3g} instead of 1: the loss was scaled, so that ballots were cast on "
-                    "gradients that many times too large, or gradients were clipped. Set state.loss_scale to the "
-                    "GradScaler, or to 1.0 if there is none"
-                )
+        if grad is None or not grad.numel():
+            return
+        vote = float(torch.linalg.vector_norm(grad, math.inf))  # on CUDA waits for the device, until a vote was seen
+        if vote == 0.0 or not math.isfinite(vote) or row in self._registry.rows_of(self._options.exclude):
+            return
+        if vote != 1.0 and math.frexp(vote)[0] == 0.5:
+            raise VoteError(
+                f"the threshold of {self._options.confidence!r} is in units of the raw gradient, but verdicts came to "
+                f"the optimizer as {vote:.3g} instead of 1: a GradScaler divided them by its scale, so that ballots "
+                f"were cast on gradients {1 / vote:.6g} times too large. Set state.loss_scale to the GradScaler, or to "
+                "1.0 if there is none"
+            )
         self._scale_matters = False
 
     def traffic(self) -> Traffic:
@@ -259,12 +260,17 @@ class SignVoteState:
             )
         names = self._registry.names()
         kept = state_dict["voter"].keys()
-        if kept and kept != names.keys():  # before the first step there are none
-            odd = kept ^ names.keys()
-            has = "the checkpoint, and not this model," if min(odd) in kept else "this model, and not the checkpoint,"
+        lost, new = kept - names.keys(), names.keys() - kept
+        if lost:
             raise ValueError(
-                f"{has} has the parameter {min(odd)!r}, one of {len(odd)} that are not in both: load the checkpoint of "
-                "this model"
+                f"the checkpoint, and not this model, has the parameter {min(lost)!r}, one of {len(lost)} that would "
+                "be lost: load the checkpoint of this model"
+            )
+        if kept and new and rank_in(self.process_group) == 0:  # before the first step there are none
+            _log.warning(
+                "this model, and not the checkpoint, has the parameter %r, one of %d whose votes begin anew",
+                min(new),
+                len(new),
             )
         if state_dict["confidence"] != repr(self._options.confidence):
             raise ValueError(

@@ -186,9 +186,13 @@ class Inspection:
             PayloadError: if any payload so far was not what this rank expected.
         """
         if self._mismatch is not None and bool(self._mismatch):
+            whom = "some rank" if self.reports else self._ranks.describe()
+            amiss = ", or its checksum did not match" if self._checksum else ""
+            then = (
+                "all ranks left that step out" if self.reports else "this rank left that step out, and others may not"
+            )
             raise PayloadError(
-                f"a payload that reached {self._ranks.describe()}, or with a checksum any rank, had a header or a body "
-                "other than expected, or its checksum did not match. Whoever noticed left that step out, and with a "
-                "checksum all did; without one compare the replicas, or go on from a checkpoint. The ranks do not "
-                "train the same model with the same options, or a link or a memory is faulty"
+                f"a payload that reached {whom} had a header or a body other than expected{amiss}; {then}. Compare the "
+                "replicas, or go on from a checkpoint. The ranks do not train the same model with the same options, "
+                "or a link or a memory is faulty"
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distsign.admission import Admission
 from distsign.ladder import DensityLadder
+from distsign.layout import Shape, shards
 from distsign.options import VoteOptions
 from distsign.owner import Piece, make_owner
 from distsign.plan import Plan
@@ -130,6 +131,8 @@ class VoteMemory:
             "num_voters": self.num_voters,
             "ranks_per_node": self._options.ranks_per_node,
             "exchange": self._options.exchange,
+            "carry": self._options.carry is not None,
+            "owner_carry": self._options.owner_carry,
             "admission": self.admission.state_dict(),
             "steering": self.steering.state_dict(names),
             "ladder": None if self.ladder is None else self.ladder.state_dict(names),
@@ -151,6 +154,7 @@ class VoteMemory:
         self._require_kinds(state)
         for name, kept in state["voter"].items():
             _require_size(name, kept, lengths[names[name]])
+        self._require_pieces(state["owner"], names, lengths)
         device = self.voter.stats.device
         self._forget()
         self.grow(lengths, device)
@@ -187,17 +191,36 @@ class VoteMemory:
         )
 
     def _require_kinds(self, state: Mapping[str, Any]) -> None:
-        options, voter = self._options, state["voter"]
-        carries = {"carry" in kept for kept in voter.values()}
+        options = self._options
+        # Earlier versions did not say; what they kept shows it on ranks that own something.
+        carries = {state["carry"]} if "carry" in state else {"carry" in kept for kept in state["voter"].values()}
         owners = {"plain" if value.dtype == torch.int16 else "standing" for value in state["owner"].values()}
-        for what, wrong, now in (
-            ("a carry" if True in carries else "no carry", bool(carries - {options.carry is not None}), "carry"),
-            (f"owner_carry={''.join(owners)!r}", bool(owners - {options.owner_carry}), "owner_carry"),
+        owners = {state["owner_carry"]} if "owner_carry" in state else owners
+        for then, now, name in (
+            (carries, options.carry is not None, "carry"),
+            (owners, options.owner_carry, "owner_carry"),
         ):
-            if wrong:
+            if then - {now}:
                 raise ValueError(
-                    f"the checkpoint was written with {what}, but here {now}={getattr(options, now)!r}: what was kept "
-                    "would be lost, or is not there. Use the options that the checkpoint was written with"
+                    f"the checkpoint was written with {name}={min(then - {now})!r}, but here {name} is "
+                    f"{getattr(options, name)!r}: what was kept would be lost, or is not there. Use the options that "
+                    "the checkpoint was written with"
+                )
+
+    def _require_pieces(
+        self, owned: Mapping[tuple[str, int, int], Tensor], names: Mapping[str, int], lengths: Sequence[int]
+    ) -> None:
+        """Demand that undecided votes are of pieces that owners have here."""
+        for (name, start, length), value in owned.items():
+            row = names[name]
+            pieces = {(a, b - a) for _, a, b in shards(Shape(row, lengths[row]), self.num_voters)}
+            is_plain = value.dtype == torch.int16
+            shape = (length,) if is_plain else (self.num_voters, 2, (length + 7) // 8)
+            if (start, length) not in pieces or value.shape != shape:
+                raise ValueError(
+                    f"the checkpoint keeps undecided votes of {name!r}, {tuple(value.shape)} on {length:,} components "
+                    f"from {start:,} on, which is no piece of the {lengths[row]:,} that are voted on here: load the "
+                    "checkpoint of this model, with the same parameters excluded"
                 )
 
 

@@ -114,13 +114,29 @@ def test_pauses_do_not_let_a_flood_stop_more_than_a_few_steps(
 ) -> None:
     """Two take turns: each of them stops one step in `streak` and one, and what its score lets it do beforehand."""
     admission, stopped, num_steps = Admission(7, max_poison_streak=streak), 0, 4000
+    num_sent = torch.zeros(7)
     for step in range(num_steps):
         admission.begin_step()
         sent = torch.zeros(7, dtype=torch.bool)
-        sent[step % num_liars] = pause_every is None or (step + 1) % pause_every != 0
+        turn = step // (pause_every or 1) % num_liars
+        sent[turn] = pause_every is None or (step + 1) % pause_every != 0
+        num_sent += sent
         stopped += int(admission.poison(sent))
         admission.commit(admission.seen)
-    assert stopped <= num_liars * (num_steps / (streak + 1) + 2 * streak)
+    assert num_sent[:num_liars].min() >= num_steps / num_liars / 2 - 20
+    assert streak <= stopped <= num_liars * (num_steps / (streak + 1) + 2 * streak)
+
+
+def test_what_was_held_under_another_streak_begins_anew() -> None:
+    before = Admission(3, max_poison_streak=3)
+    for _ in range(3):
+        before.commit(torch.tensor([False, True, False]))
+    assert before.numbers() == (1,)
+    for streak, expected in ((3, (1,)), (4, ()), (None, ())):
+        after = Admission(3, max_poison_streak=streak)
+        after.load_state_dict(before.state_dict())
+        assert after.numbers() == expected
+        assert after.state_dict()["score"] == ([0, 9, 0] if expected else [0, 0, 0])
 
 
 def test_it_is_said_once_who_is_left_out_and_who_counts_again(caplog: pytest.LogCaptureFixture) -> None:

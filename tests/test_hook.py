@@ -76,8 +76,25 @@ def test_checkpoints_of_something_else_are_refused() -> None:
     with pytest.raises(ValueError, match="format is 7"):
         tracked(AdaptiveConfidence(), nn.Linear(2, 2)).load_state_dict({**saved, "format": 7})
     stranger = {**saved, "voter": {"elsewhere": {"stats": torch.zeros(1)}}}
-    with pytest.raises(ValueError, match="this model, and not the checkpoint, has the parameter 'bias', one of 3 that"):
+    with pytest.raises(
+        ValueError, match="checkpoint, and not this model, has the parameter 'elsewhere', one of 1 that"
+    ):
         tracked(AdaptiveConfidence(), nn.Linear(2, 2)).load_state_dict(stranger)
+
+
+def test_a_parameter_that_came_later_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
+    """As one that was frozen at first, or of `add_param_group`."""
+    model, saved = nn.Linear(2, 2), tracked(AdaptiveConfidence(), nn.Linear(2, 2, bias=False))
+    saved._pipeline.memory.grow([4], torch.device("cpu"))
+    saved._pipeline.memory.voter.stats += 0.5
+    state = tracked(AdaptiveConfidence(), model)
+    with caplog.at_level(logging.WARNING, "distsign"):
+        state.load_state_dict(saved.state_dict())
+    assert caplog.messages == [
+        "this model, and not the checkpoint, has the parameter 'bias', one of 1 whose votes begin anew"
+    ]
+    weight, bias = state._pipeline.memory.voter.stats
+    assert bool((weight == saved._pipeline.memory.voter.stats[0]).all()) and not bool((weight == bias).all())
 
 
 def test_loading_forgets_what_was_before() -> None:

@@ -348,7 +348,7 @@ def test_growing_keeps_what_is_there(confidence: Confidence) -> None:
 
 
 @pytest.mark.parametrize("confidence", [FixedConfidence(1.0), RMSConfidence(k=0.5)], ids=lambda c: type(c).__name__)
-@pytest.mark.parametrize("share", [0.55, 0.8, 1.0])
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.55, 0.8, 1.0])
 def test_clearing_at_once_leaves_what_settling_vote_by_vote_leaves(
     monkeypatch: pytest.MonkeyPatch, share: float, confidence: Confidence
 ) -> None:

@@ -106,8 +106,7 @@ class Step:
         cluster = self.cluster
         if bandwidth_bytes_per_s is not None:
             cluster = replace(cluster, link=replace(cluster.link, bandwidth_bytes_per_s=bandwidth_bytes_per_s))
-        rank = int(self.scheme.options.get("rank", 1))
-        in_step = in_step or self.profile.in_step_of(self._measured_as, self.model.num_elements, rank)
+        in_step = in_step or self.profile.in_step_of(self._measured_as, self.model.num_elements, self.scheme.rank)
         return _Timeline(self, cluster, in_step).prediction()
 
 

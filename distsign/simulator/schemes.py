@@ -68,6 +68,11 @@ class Scheme:
             wanted = " or ".join(f"{self.name}:{key}={_RANGES[key][2]}" for key in (missing or kind.required)[0])
             raise ValueError(f"the scheme {self.name} needs one option: {wanted}")
 
+    @property
+    def rank(self) -> int:
+        """PowerSGD's; 1 for others, of which a measured factor has no rank."""
+        return int(self.options.get("rank", 1))
+
     @classmethod
     def parse(cls, text: str) -> Scheme:
         """Return the scheme of `NAME`, `NAME:KEY=VALUE,...`, or `NAME:VALUE` where it has one main option."""

@@ -139,12 +139,11 @@ def likeliest(step: Step, whole_s: float, work_s: float) -> InStep:
             counts.
     """
     alone_s, elements = step.on().work_s, float(step.model.num_elements)
-    rank = int(step.scheme.options.get("rank", 1))
     seen = max(work_s, 0.1 * alone_s) / alone_s
     off = np.zeros(2)
 
     def longer(logs: Array) -> InStep:
-        return InStep(elements, seen * math.exp(logs[0]), math.exp(logs[1]), rank)
+        return InStep(elements, seen * math.exp(logs[0]), math.exp(logs[1]), step.scheme.rank)
 
     def gap(logs: Array) -> float:
         return math.log(whole_s / step.on(in_step=longer(logs)).step_s)

@@ -265,11 +265,37 @@ def train_scaled_without_a_word(rank: int, world_size: int, confidence: Confiden
     try:
         scaler.step(optimizer)
     except VoteError as error:
-        assert "verdicts came to the optimizer as 0.000244 instead of 1" in str(error)
+        assert "came to the optimizer as 0.000244 instead of 1" in str(error) and "gradients 4096 times" in str(error)
         refused = True
     assert (digest(net) == before) == refused
     state.close()
     return refused
+
+
+def train_clipped(rank: int, world_size: int, confidence: Confidence) -> bool:
+    """Clip verdicts before a step; return whether the step is that without clipping."""
+    ends = []
+    for clips in (True, False):
+        net, model, state = build(Case(confidence=confidence))
+        optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, vote_state=state)
+        model(batch(rank, 0, 0, torch.float32)).square().mean().backward()
+        if clips:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            votes = [p.grad.abs().max() for p in net.parameters() if p.grad is not None]
+            assert 0 < max(votes) < 1
+        optimizer.step()
+        ends.append(digest(net))
+        state.close()
+    return ends[0] == ends[1]
+
+
+def step_on_a_stranger(rank: int, world_size: int) -> None:
+    """The optimizer also has a parameter that DDP does not exchange."""
+    _, model, state = build(Case())
+    alien = torch.nn.Parameter(torch.ones(3))
+    optimizer = SignAdamPP([*model.named_parameters(), ("alien", alien)], lr=1e-2, vote_state=state)
+    (model(batch(rank, 0, 0, torch.float32)).square().mean() + alien.sum()).backward()
+    optimizer.step()
 
 
 def overflow(rank: int, world_size: int, dtype: torch.dtype, scaled: bool) -> tuple[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -217,7 +218,7 @@ def test_a_checkpoint_of_another_model_is_refused(folder: Path) -> None:
 
 
 def refuse_on_some(rank: int, world_size: int, folder: str) -> str:
-    """Rank 1 alone has another model than the one that was saved; all of them also load a vote, in which they meet."""
+    """Rank 1 alone has another model than the one that was saved."""
 
     def parts(num_inputs: int) -> dict[str, Any]:
         net, state = torch.nn.Linear(num_inputs, 40), SignVoteState(confidence=RMSConfidence(k=4))
@@ -233,6 +234,67 @@ def refuse_on_some(rank: int, world_size: int, folder: str) -> str:
 def test_what_one_rank_refuses_all_do(rank_pool: Pools, tmp_path: Path) -> None:
     found = rank_pool(2).run(refuse_on_some, str(tmp_path / "step-1"))
     assert found[0] == found[1] and "weight was (40, 9)" in found[0] and found[0].endswith("(seen by rank 1)")
+
+
+class Part:
+    """Notes when it is loaded."""
+
+    def __init__(self, name: str, order: list[str]) -> None:
+        self.name, self.order = name, order
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state == {"name": self.name}
+        self.order.append(self.name)
+
+
+def test_parts_are_loaded_in_the_order_of_the_dict(tmp_path: Path) -> None:
+    """On all ranks alike, whatever the seed of their hashes: one of them may be a collective."""
+    order: list[str] = []
+    names = [f"part {(7 * k) % 20}" for k in range(20)]
+    parts: dict[str, Any] = {name: Part(name, order) for name in names}
+    save(parts, tmp_path / "step-1")
+    load(parts, tmp_path / "step-1")
+    assert order == names
+
+
+def test_a_lazy_model_takes_the_shapes_that_were_saved(folder: Path) -> None:
+    lazy = torch.nn.LazyLinear(40)
+    load({"model": lazy}, folder)
+    assert torch.equal(lazy.weight, a_run()["model"].weight)
+
+
+def reshard_what_one_cannot(rank: int, world_size: int, folder: str) -> str:
+    """The states of another number of ranks, in nodes of which rank 1 alone knows."""
+    net = torch.nn.Linear(9, 40)
+    state = SignVoteState(confidence=RMSConfidence(k=4))
+    state.track(net.named_parameters())
+    if rank == 1:
+        state = SignVoteState(confidence=RMSConfidence(k=4), exchange="hierarchical", ranks_per_node=2)
+    with pytest.raises(CheckpointError) as caught:
+        load({"vote": state, "model": net}, folder)
+    return str(caught.value)
+
+
+def test_what_one_rank_cannot_reshard_none_loads(rank_pool: Pools, folder: Path) -> None:
+    found = rank_pool(3).run(reshard_what_one_cannot, str(folder))
+    said = f"{folder}: 'vote' does not fit what was saved: ValueError: reshard needs"
+    assert all(each.startswith(said) and each.endswith("(seen by rank 1)") for each in found), found
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    later, stat = folder.parent / "step-2", Path.stat
+    save(a_run(), later)
+
+    def gone(self: Path, **options: Any) -> os.stat_result:
+        if self.is_relative_to(later):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", gone)
+    assert newest(folder.parent) == folder
 
 
 def test_the_newest_whole_checkpoint_is_found(folder: Path) -> None:

@@ -140,7 +140,7 @@ def test_damage_between_nodes_and_within(
 
 
 def train_on_a_damaged_link_as_on_a_device(
-    rank: int, world_size: int, case: Case, call: int, bit: int, sender: int, name: str
+    rank: int, world_size: int, case: Case, call: int, bit: int, sender: int, name: str, checksum: bool
 ) -> tuple[list[int], list[str], str]:
     """Return the steps that were left out here, the parameters after each step, and what was raised in the end.
 
@@ -149,7 +149,7 @@ def train_on_a_damaged_link_as_on_a_device(
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Inspection, "defers", staticmethod(lambda device: True))
-        net, model, state = build(replace(case, options={**case.options, "checksum": True}))
+        net, model, state = build(replace(case, options={**case.options, "checksum": checksum}))
         optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, vote_state=state)
         left_out, digests = [], []
         for step in range(5):
@@ -185,10 +185,20 @@ def train_on_a_damaged_link_as_on_a_device(
 def test_on_a_device_all_leave_the_step_out(
     rank_pool: Pools, name: str, world_size: int, sender: int, call: int, bit: int, link: str
 ) -> None:
-    found = rank_pool(world_size).run(train_on_a_damaged_link_as_on_a_device, CASES[name], call, bit, sender, link)
+    job, damage = train_on_a_damaged_link_as_on_a_device, (call, bit, sender, link)
+    found = rank_pool(world_size).run(job, CASES[name], *damage, True)
     for left_out, digests, said in found:
         assert left_out == [2] and digests == found[0][1]
-        assert "with a checksum any rank, had a header or a body other than expected, or its checksum did not" in said
+        assert "some rank had a header or a body other than expected, or its checksum did not match; all ranks" in said
+
+
+@pytest.mark.parametrize("call", [0, 1])
+def test_on_a_device_reports_of_poison_tell_of_strange_headers(rank_pool: Pools, call: int) -> None:
+    """The version is damaged, of ballots and of verdicts; there is no checksum."""
+    found = rank_pool(3).run(train_on_a_damaged_link_as_on_a_device, CASES["streak"], call, 0, 1, "_voters", False)
+    for left_out, digests, said in found:
+        assert left_out == [2] and digests == found[0][1]
+        assert "some rank had a header or a body other than expected; all ranks left that step out" in said
 
 
 def train_both_ways(rank: int, world_size: int, case: Case) -> list[str]:

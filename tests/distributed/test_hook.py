@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from distsign import AdaptiveConfidence, FixedConfidence, RMSConfidence, TargetDensity, VoteError
+from distsign import AdaptiveConfidence, Confidence, FixedConfidence, RMSConfidence, TargetDensity, VoteError
 
 from . import hook_jobs as jobs
 from .oracle import Case
@@ -111,6 +111,16 @@ def test_a_threshold_in_raw_units_needs_to_know_the_scale(
 ) -> None:
     """Parameters that are averaged are not told apart from scaled ones, and say nothing of it."""
     assert rank_pool(2).run(jobs.train_scaled_without_a_word, confidence, told) == [refused] * 2
+
+
+@pytest.mark.parametrize("confidence", [FixedConfidence(1e-3), AdaptiveConfidence()], ids=repr)
+def test_clipped_verdicts_are_not_taken_for_scaled_ones(rank_pool: Pools, confidence: Confidence) -> None:
+    assert rank_pool(2).run(jobs.train_clipped, confidence) == [True] * 2
+
+
+def test_a_gradient_that_was_not_exchanged_is_not_stepped_along(rank_pool: Pools) -> None:
+    words = "VoteError: the optimizer has a gradient that the hook has not voted on, of parameter alien: build the"
+    rank_pool(2).run_expecting(words, jobs.step_on_a_stranger)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
