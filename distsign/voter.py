@@ -53,6 +53,56 @@ def rotating_starts(layout: Layout, step: int) -> IntArray:
     return starts
 
 
+@dataclass(frozen=True, eq=False)
+class _Planes:
+    """The planes of one exchange group, about to be written. With caps ballots are counted by piece, else by row."""
+
+    layout: Layout
+    out: Tensor
+    kernels: Kernels
+    caps: IntArray | None
+    step: int
+
+    @property
+    def row_of_piece(self) -> Tensor:
+        return self.layout.table(("rows",), lambda: self.layout.all_pieces.row, self.out.device)
+
+    def pack(self, grads: Sequence[Tensor], thresholds: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `Kernels.pack` does, over all buckets."""
+        spans = self.layout.pieces
+        if self.caps is not None:
+            spans, thresholds = self.layout.apart, thresholds[self.row_of_piece]
+        return _summed([self.kernels.pack(g, each, thresholds, self.out) for g, each in zip(grads, spans, strict=True)])
+
+    def pack_carry(
+        self, grads: Sequence[Tensor], rule: CarryRule, memory: Memory, *, clear: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `Kernels.pack_carry` does, over all buckets."""
+        spans = self.layout.pieces
+        if self.caps is not None:
+            spans, rule = self.layout.apart, rule.at(self.row_of_piece)
+        pack, out = self.kernels.pack_carry, self.out
+        return _summed([pack(g, each, rule, memory, out, clear=clear) for g, each in zip(grads, spans, strict=True)])
+
+    def settle(self, wanted: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor | None]:
+        """Keep what fits of packed ballots; return how many of each piece, and which had more (CPU: None for none).
+
+        Args:
+            wanted: int64 `[num_pieces]`, what packing has counted.
+            memory: whose carry is cleared where a vote is kept; None where packing has cleared it.
+        """
+        assert self.caps is not None
+        fits = wanted.device.type == "cpu" and bool((wanted.numpy() <= self.caps).all())
+        limits = torch.from_numpy(self.caps)
+        if memory is not None or not fits:
+            starts = torch.from_numpy(rotating_starts(self.layout, self.step))
+            self.kernels.settle_carry(self.out, self.layout.all_pieces, limits, starts, memory)
+        if fits:
+            return wanted, None
+        limits = upload(limits, wanted.device)
+        return torch.minimum(wanted, limits), wanted > limits
+
+
 class Voter:
     """Turn gradients into ballots, and keep the confidence function's stats and the carry.
 
@@ -155,12 +205,12 @@ class Voter:
         alpha, new = self.confidence.thresholds(old, moments)
         if factors is not None:
             alpha = alpha * factors
+        planes = _Planes(layout, out, kernels, caps, step)
         crowded = None
-        starts = None if caps is None else rotating_starts(layout, step)
         if self.memory is None:
-            counts, finite = self._pack(grads, layout, (alpha * scale).float(), kernels, out)
+            counts, finite = planes.pack(grads, (alpha * scale).float())
             if caps is not None:
-                counts, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=True)
+                counts, crowded = planes.settle(counts, None)
             active = None if moments is None else (moments != 0).any(1)
         else:
             active = torch.cat([kernels.active(grad, spans) for grad, spans in zip(grads, layout.params, strict=True)])
@@ -174,95 +224,41 @@ class Voter:
                 dither_at(step),
             )
             if caps is None:
-                counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=True)
+                counts, finite = planes.pack_carry(grads, rule, self.memory, clear=True)
             else:
-                counts, finite, crowded = self._pack_within(
-                    grads, layout, rule, caps, starts, kernels, out, forget=forget
-                )
+                counts, finite, crowded = self._pack_within(grads, rule, planes, caps, forget=forget)
+        if caps is not None:
+            counts = counts.new_zeros(rows.numel()).index_add_(0, planes.row_of_piece, counts)
         if lengths is None:
             lengths = torch.tensor([shape.num_elements for shape in layout.shapes], device=out.device)
         new = self.confidence.observe(new, counts / lengths.clamp(min=1).double())
         self._pending.append((rows, keep_idle_stats(old, new, active)))
         return Cast(counts.sum(), finite, crowded)
 
-    def _pack(
-        self, grads: Sequence[Tensor], layout: Layout, thresholds: Tensor, kernels: Kernels, out: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        parts = [kernels.pack(g, pieces, thresholds, out) for g, pieces in zip(grads, layout.pieces, strict=True)]
-        return _summed(parts)
-
-    def _pack_carry(
-        self, grads: Sequence[Tensor], layout: Layout, rule: CarryRule, kernels: Kernels, out: Tensor, *, clear: bool
-    ) -> tuple[Tensor, Tensor]:
-        assert self.memory is not None
-        parts = [
-            kernels.pack_carry(g, pieces, rule, self.memory, out, clear=clear)
-            for g, pieces in zip(grads, layout.pieces, strict=True)
-        ]
-        return _summed(parts)
-
     def _pack_within(
-        self,
-        grads: Sequence[Tensor],
-        layout: Layout,
-        rule: CarryRule,
-        caps: IntArray,
-        starts: IntArray | None,
-        kernels: Kernels,
-        out: Tensor,
-        *,
-        forget: bool,
+        self, grads: Sequence[Tensor], rule: CarryRule, planes: _Planes, caps: IntArray, *, forget: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Pack with a carry what caps allow; return ballots of each row, whether all is finite, and what was crowded.
+        """Pack with a carry what caps allow; return ballots of each piece, whether all is finite, and what was crowded.
 
         Packing clears the carry of all that votes at once. What caps leave out must keep its own, so that settling
         clears vote by vote; but caps that left none out lately seldom do now, and this is tried first.
         """
-        if not forget and out.device.type == "cpu" and self._is_calm(layout):
-            counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=True)
-            kept, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=True)
-            if crowded is None:
-                return kept, finite, None
-            # Anew, from the half of the memory that this step does not write, as if nothing had been packed.
-        counts, finite = self._pack_carry(grads, layout, rule, kernels, out, clear=forget)
-        kept, crowded = self._settle(layout, caps, starts, counts, kernels, out, forget=forget)
-        before = self._crowded_steps.get(layout, 0)
-        self._crowded_steps[layout] = max(0, before - 1) if crowded is None else _CALM_STEPS
+        assert self.memory is not None
+        layout, on_cpu = planes.layout, planes.out.device.type == "cpu"
+        clear = forget or (on_cpu and self._is_calm(layout))
+        counts, finite = planes.pack_carry(grads, rule, self.memory, clear=clear)
+        if clear and not forget and not (counts.numpy() <= caps).all():
+            clear = False  # anew, from the half of the memory that this step does not write
+            counts, finite = planes.pack_carry(grads, rule, self.memory, clear=clear)
+        kept, crowded = planes.settle(counts, None if clear else self.memory)
+        if on_cpu:
+            before = self._crowded_steps.get(layout, 0)
+            self._crowded_steps[layout] = max(0, before - 1) if crowded is None else _CALM_STEPS
         return kept, finite, crowded
 
     def _is_calm(self, layout: Layout) -> bool:
         """Return whether caps have left no ballot out in the last steps."""
         return self._crowded_steps.get(layout, 0) == 0
-
-    def _settle(
-        self,
-        layout: Layout,
-        caps: IntArray,
-        starts: IntArray | None,
-        counts: Tensor,
-        kernels: Kernels,
-        out: Tensor,
-        *,
-        forget: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Keep what fits; return the ballots left of each row, and which pieces had more; on the CPU None for none."""
-        assert starts is not None
-        pieces = layout.all_pieces
-        memory = None if forget else self.memory  # where the carry forgets, packing has cleared it
-        on_cpu = out.device.type == "cpu"
-        # Where a parameter has no more ballots than any piece of it may have, those of pieces need not be counted; and
-        # where no piece has more than it may have, what packing has counted is what is there.
-        if on_cpu and memory is None and (counts.numpy()[pieces.row] <= caps).all():
-            return counts, None
-        limits = torch.from_numpy(caps)
-        wanted = kernels.settle_carry(out, pieces, limits, torch.from_numpy(starts), memory)
-        if on_cpu and (wanted.numpy() <= caps).all():
-            return counts, None
-        limits = upload(limits, wanted.device)
-        crowded = wanted > limits
-        row = layout.table(("rows",), lambda: pieces.row, wanted.device)
-        kept = torch.zeros_like(counts).index_add_(0, row, torch.minimum(wanted, limits))
-        return kept, crowded
 
     def commit(self, poisoned: Tensor) -> None:
         """Remember what this step's casts have changed, or forget it if the step was poisoned.

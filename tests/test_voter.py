@@ -15,7 +15,7 @@ from distsign import AdaptiveConfidence, Confidence, FixedConfidence, RMSConfide
 from distsign.ballots import cast_ballots
 from distsign.kernels import Kernels, cpu, reference
 from distsign.layout import Layout, Shape, caps_at
-from distsign.voter import Voter
+from distsign.voter import Voter, _Planes
 from distsign.wire.header import HEADER_BYTES
 
 EVERY = [FixedConfidence(0.3), AdaptiveConfidence(), TargetDensity(0.1)]
@@ -388,13 +388,13 @@ def test_clearing_at_once_leaves_what_settling_vote_by_vote_leaves(
 def test_the_carry_is_cleared_at_once_again_when_nothing_was_crowded_for_some_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ways, pack = [], Voter._pack_carry
+    ways, pack = [], _Planes.pack_carry
 
-    def packing(self: Voter, *args: Any, clear: bool) -> Any:
+    def packing(self: _Planes, *args: Any, clear: bool) -> Any:
         ways[-1].append(clear)
         return pack(self, *args, clear=clear)
 
-    monkeypatch.setattr(Voter, "_pack_carry", packing)
+    monkeypatch.setattr(_Planes, "pack_carry", packing)
     worker = Worker(FixedConfidence(1.0), carry=torch.float32)
     for step in range(8):
         ways.append([])

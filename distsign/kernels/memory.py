@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -48,6 +48,11 @@ class CarryRule:
     corrections: Tensor | None = None
     decay: float = 0.0
     dither: int = 0
+
+    def at(self, rows: Tensor) -> CarryRule:
+        """Return the rule whose tables have these entries, int64 `[any]`."""
+        corrections = None if self.corrections is None else self.corrections[rows]
+        return replace(self, thresholds=self.thresholds[rows], active=self.active[rows], corrections=corrections)
 
 
 def dither_at(step: int) -> int:
