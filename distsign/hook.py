@@ -80,8 +80,8 @@ class SignVoteState:
             voting where these abstain. Honest workers keep to it by themselves, parameter by parameter: what has no
             room waits in the carry, or is lost where there is none, as in the first steps of a warm-up. Choose two to
             three times the density that `traffic()` reports in an honest run. None: no cap.
-        max_poison_streak: leave a worker out that has sent poison (NaN, infinity) in so many steps in a row, or over
-            time in more than one of so many and one, until it has sent none for as many in a row: its ballots are
+        max_poison_streak: N, to leave a worker out that has sent poison (NaN, infinity) in N steps in a row, or in the
+            long run in more than one step of N + 1, until it has sent none for N in a row: its ballots are
             abstentions and its poison is ignored. It is named by a warning of `logging` and in `traffic()`. Take 20 or
             more with a `GradScaler`, which may need 17 steps to find its scale. Steps that half of the workers or more
             poison do not count. Costs one small all-gather in each step with poison and in each while a worker is left

@@ -19,7 +19,7 @@ from distsign.layout import IntArray, Layout
 __all__ = ["Cast", "Voter", "rotating_starts"]
 
 _CALM_STEPS = 4
-"""After so many steps without a ballot too many, caps are taken to leave none out; those of budgets do in most."""
+"""After so many steps in which no ballot was above a cap, the next one is expected to have none either."""
 _ALIGN = 32
 """Elements; 64 bytes in half precision."""
 

@@ -302,9 +302,8 @@ def main(argv: list[str] | None = None, *, leave: bool = False) -> None:
 
     Args:
         argv: the arguments; None: those of the process.
-        leave: end the process in the end instead of giving back what torch holds. After the last line it once hung
-            there, and once aborted ("terminate called without an active exception"), so that a whole run counted as
-            failed. The causes are not established.
+        leave: end the process after the last line, without torch's teardown. There a run once hung, and once aborted
+            ("terminate called without an active exception"), and a whole run counted as failed. Why is not known.
     """
     try:
         if (sys.argv[1:] if argv is None else argv) == [check.FLAG]:
