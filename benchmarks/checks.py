@@ -2,27 +2,30 @@
 
 The same vote is taken without checks, with each of them and with all, step by step in turn on the same ranks; without
 checks twice, by two trainers alike: what these two differ by is noise, and checks are held against the mean of both.
-How far the figure of all checks is to be trusted stands beside it, as a standard error. Comparing replicas falls due
-every 100 steps, and is timed apart. Beside the clock's time stands that of all ranks' processors, which does not count
-what others do on the machine, nor waiting. `python -m benchmarks.checks` (root, for the lab).
+Two trainers alike may differ by percents for as long as they live, most likely by where their memory lies: so all are
+made anew some times, in another order, and the standard error beside the figure of all checks is that of these rounds.
+Comparing replicas falls due every 100 steps, and is timed apart. Beside the clock's time stands that of all ranks'
+processors, which does not count what others do on the machine, nor waiting. `python -m benchmarks.checks` (root, for
+the lab).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from benchmarks import ranks
-from benchmarks.common import Column, Report, Row, error_of_median, parser, summary
-from benchmarks.step_schemes import Trainer, linear_layers, scheme, settings_of
+from benchmarks.common import Column, Report, Row, parser, summary
+from benchmarks.step_schemes import Trainer, Workload, linear_layers, scheme, settings_of
 from distsign import ReplicaCheck
 from launch.hooks import SignVote
 
@@ -61,31 +64,41 @@ def table(ms: str, checks: Sequence[str]) -> tuple[Column, ...]:
 def measure(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Run on each rank: return by scheme and checks the milliseconds of each step, by the clock and this processor's.
 
-    `replicas` are those of comparisons of replicas; and `caps`, by scheme, are on the density.
+    Times are by round; `replicas` are those of comparisons of replicas; and `caps`, by scheme, are on the density.
     """
-    names, found, caps = settings["checks"], {}, {}
+    names, caps = settings["checks"], {}
+    found: dict[str, list[dict[str, list[list[float]]]]] = {}
     for name in settings["schemes"]:
-        plain, workload = scheme(name), linear_layers(**settings["trainer"])
-        caps[name] = _cap(Trainer(plain, workload))
-        trainers = {}
-        for checks in names:
-            added = [argument.format(cap=caps[name]) for argument in CHECKS[checks]]
-            trainers[checks] = Trainer(replace(plain, arguments=(*plain.arguments, *added)), workload)
-        replicas = ReplicaCheck(trainers["all"].model, trainers["all"].optimizer)
-        times: dict[str, list[list[float]]] = {checks: [] for checks in (*names, "replicas")}
-        for step in range(-WARM_UP, settings["steps"]):
-            first = step % len(names)  # whoever begins finds other caches: they take turns
-            for checks in names[first:] + names[:first]:
-                both = _timed(trainers[checks].step)
-                if step >= 0:
-                    times[checks].append(both)
-            if step % 10 == 0:
-                times["replicas"].append(_timed(replicas.check))
-        found[name] = times
+        workload = linear_layers(**settings["trainer"])
+        caps[name] = _cap(Trainer(scheme(name), workload))
+        found[name] = []
+        for number in range(settings["rounds"]):
+            first = number % len(names)
+            order = names[first:] + names[:first]
+            found[name].append(_round(name, workload, caps[name], order, settings["steps"]))
         ranks.say(name)
-        for trainer in trainers.values():
-            trainer.combiner.close()
     return {"times": found, "caps": caps}
+
+
+def _round(name: str, workload: Workload, cap: float, names: list[str], num_steps: int) -> dict[str, list[list[float]]]:
+    """Time steps of trainers with these checks, made in this order, and comparisons of replicas."""
+    plain, trainers = scheme(name), {}
+    for checks in names:
+        added = [argument.format(cap=cap) for argument in CHECKS[checks]]
+        trainers[checks] = Trainer(replace(plain, arguments=(*plain.arguments, *added)), workload)
+    replicas = ReplicaCheck(trainers["all"].model, trainers["all"].optimizer)
+    times: dict[str, list[list[float]]] = {checks: [] for checks in (*names, "replicas")}
+    for step in range(-WARM_UP, num_steps):
+        first = step % len(names)  # whoever begins finds other caches: they take turns
+        for checks in names[first:] + names[:first]:
+            both = _timed(trainers[checks].step)
+            if step >= 0:
+                times[checks].append(both)
+        if step % 10 == 0:
+            times["replicas"].append(_timed(replicas.check))
+    for trainer in trainers.values():
+        trainer.combiner.close()
+    return times
 
 
 def _cap(trainer: Trainer) -> float:
@@ -107,38 +120,52 @@ def _timed(run: Callable[[], object]) -> list[float]:
     return [by_clock, 1e3 * (time.process_time() - begin)]
 
 
-def row_of(name: str, times: dict[str, list[float]]) -> Row:
-    """Return a scheme's row: medians of the steps' times, of their differences, and of comparisons of replicas."""
-    row: Row = {"name": name, **summary(times["none"])}
-    without = [mean(both) for both in zip(times["none"], times.get("none again", times["none"]), strict=True)]
-    for checks in [each for each in times if each != "replicas"]:
-        # Neighbours in time are compared, so that a machine that slows down slows both.
-        beside = times["none"] if checks == "none again" else without
-        longer = [b - a for a, b in zip(beside, times[checks], strict=True)]
-        row[checks] = median(longer) / row["ms"]
-        if checks == "all":
-            row["error"] = error_of_median(longer) / row["ms"]
-    row["replicas_ms"] = median(times["replicas"])
+def row_of(name: str, rounds: Sequence[dict[str, list[float]]]) -> Row:
+    """Return a scheme's row: the median of the steps' times, and means over rounds of medians of differences."""
+    row: Row = {"name": name, **summary([each for times in rounds for each in times["none"]])}
+    longer = [_longer(times) for times in rounds]
+    for checks in longer[0]:
+        row[checks] = mean(each[checks] for each in longer)
+    row["error"] = stdev(each["all"] for each in longer) / math.sqrt(len(longer)) if len(longer) > 1 else math.inf
+    row["replicas_ms"] = median(each for times in rounds for each in times["replicas"])
     row["replicas"] = row["replicas_ms"] / (EVERY * row["ms"])
     return {**row, "together": row["all"] + row["replicas"]}
 
 
-def _over_ranks(of_ranks: Sequence[dict[str, list[list[float]]]], way: int) -> dict[str, list[float]]:
+def _longer(times: dict[str, list[float]]) -> dict[str, float]:
+    """Return by which share steps take longer with checks, in one round."""
+    without = [mean(both) for both in zip(times["none"], times.get("none again", times["none"]), strict=True)]
+    found = {}
+    for checks in [each for each in times if each != "replicas"]:
+        # Neighbours in time are compared, so that a machine that slows down slows both.
+        beside = times["none"] if checks == "none again" else without
+        longer = [b - a for a, b in zip(beside, times[checks], strict=True)]
+        found[checks] = median(longer) / median(times["none"])
+    return found
+
+
+def _over_ranks(of_ranks: Sequence[list[dict[str, list[list[float]]]]], way: int) -> list[dict[str, list[float]]]:
     """Return each step's time: by the clock (0) that of the slowest rank, of processors (1) that of all together."""
     combine = (max, sum)[way]
-    return {
-        checks: [combine(rank[way] for rank in step) for step in zip(*(each[checks] for each in of_ranks), strict=True)]
-        for checks in of_ranks[0]
-    }
+    return [
+        {
+            checks: [
+                combine(rank[way] for rank in step) for step in zip(*(each[checks] for each in of_round), strict=True)
+            ]
+            for checks in of_round[0]
+        }
+        for of_round in zip(*of_ranks, strict=True)
+    ]
 
 
 def _measure_all(options: argparse.Namespace) -> None:
     report = Report("checks", options)
     trainer = settings_of(options.layers, options.width, options.batch_size)
     checks = [name for name in CHECKS if name in {"none", "all", *options.checks}]
-    settings = {"schemes": NAMES, "checks": checks, "steps": options.steps, "trainer": trainer}
+    settings = {"schemes": NAMES, "checks": checks, "rounds": options.rounds, "steps": options.steps}
+    settings["trainer"] = trainer
     for rate in options.rates:
-        deadline_s = 120 + len(NAMES) * len(checks) * (options.steps + WARM_UP) * 5.0
+        deadline_s = 120 + len(NAMES) * len(checks) * options.rounds * (options.steps + WARM_UP) * 5.0
         results = ranks.run_on_ranks(
             "benchmarks.checks:measure", settings, num_ranks=options.ranks, rate=rate, deadline_s=deadline_s
         )
@@ -163,12 +190,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--layers", type=int, default=12)
     arguments.add_argument("--width", type=int, default=1024)
     arguments.add_argument("--batch-size", type=int, default=8)
-    arguments.add_argument("--steps", type=int, default=100, help="of each kind, per scheme")
+    arguments.add_argument("--rounds", type=int, default=6, help="with trainers made anew, per scheme")
+    arguments.add_argument("--steps", type=int, default=40, help="of each kind in a round")
     words = "which to take beside none and all"
     arguments.add_argument("--checks", nargs="*", default=list(CHECKS), choices=list(CHECKS), help=words)
     options = arguments.parse_args(argv)
     if options.quick:
-        options.layers, options.width, options.steps = 3, 128, 3
+        options.layers, options.width, options.rounds, options.steps = 3, 128, 2, 3
     return ranks.exit_code_of(lambda: _measure_all(options), "checks")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import os
 import subprocess
 import time
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import NormalDist, median, quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import numba
@@ -102,20 +101,6 @@ def summary(times_ms: Sequence[float]) -> Row:
         low, _, high = quantiles(times_ms, method="inclusive")
         spread = (high - low) / median(times_ms)
     return {"ms": median(times_ms), "spread": spread, "rounds": len(times_ms)}
-
-
-def error_of_median(values: Sequence[float]) -> float:
-    """Return the standard error of the median of some values, as if they were normal but for a few far out.
-
-    Example:
-        >>> round(error_of_median([1.0, 2.0, 3.0, 4.0, 100.0]), 2)
-        0.83
-    """
-    if len(values) < 2:
-        return math.inf
-    low, _, high = quantiles(values, method="inclusive")
-    deviation = (high - low) / (2 * NormalDist().inv_cdf(0.75))
-    return deviation * math.sqrt(math.pi / (2 * len(values)))
 
 
 def ratio(value: float | None, rival: float | None) -> float | None:

@@ -11,11 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from benchmarks import checks, codec, cuda, scaling, simulator_report, simulator_settings, step
-from benchmarks.common import Column, Contender, Report, error_of_median, format_table, interleaved, ratio, summary
+from benchmarks.common import Column, Contender, Report, format_table, interleaved, ratio, summary
 from benchmarks.ranks import slowest
 from benchmarks.simulator_settings import Setting
 from benchmarks.step_schemes import FP32, NO_OP, SCHEMES
@@ -56,20 +55,15 @@ def test_the_time_limit_leaves_three_rounds() -> None:
     assert len(times["a"]) == 3
 
 
-def test_the_error_of_a_median_is_how_far_medians_lie_apart() -> None:
-    draws = np.random.default_rng(0).normal(5.0, 2.0, (300, 200))
-    estimated = np.mean([error_of_median(row.tolist()) for row in draws])
-    assert estimated == pytest.approx(np.median(draws, axis=1).std(), rel=0.1)
-    assert error_of_median([4.0]) == math.inf
-
-
 def test_checks_are_held_against_both_trainers_without() -> None:
-    of_steps = {"none": [10.0, 11.0, 12.0], "none again": [12.0, 11.0, 10.0], "all": [11.2, 11.3, 11.4]}
-    row = checks.row_of("vote", {**of_steps, "replicas": [22.0]})
-    assert (row["none again"], row["all"]) == (pytest.approx(0.0), pytest.approx(0.3 / 11))
+    without = {"none": [10.0, 11.0, 12.0], "none again": [12.0, 11.0, 10.0], "replicas": [22.0]}
+    rounds = [{**without, "all": [11.2, 11.3, 11.4]}, {**without, "all": [11.4, 11.5, 11.6]}]
+    row = checks.row_of("vote", rounds)
+    assert (row["none again"], row["all"]) == (pytest.approx(0.0), pytest.approx(0.4 / 11))
     assert row["replicas"] == pytest.approx(22 / 1100)
     assert row["together"] == row["all"] + row["replicas"]
-    assert row["error"] == pytest.approx(error_of_median([0.2, 0.3, 0.4]) / 11)
+    assert row["error"] == pytest.approx(0.1 / 11)
+    assert checks.row_of("vote", rounds[:1])["error"] == math.inf
 
 
 def test_summary_and_ratio() -> None:
