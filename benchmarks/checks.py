@@ -4,6 +4,7 @@ The same vote is taken without checks, with each of them and with all, step by s
 checks twice, by two trainers alike: what these two differ by is noise, and checks are held against the mean of both.
 Two trainers alike may differ by percents for as long as they live, most likely by where their memory lies: so all are
 made anew some times, in another order, and the standard error beside the figure of all checks is that of these rounds.
+All go on from where a trainer without checks has come to after 100 steps: in the first ones a cap would bind.
 Comparing replicas falls due every 100 steps, and is timed apart. Beside the clock's time stands that of all ranks'
 processors, which does not count what others do on the machine, nor waiting. `python -m benchmarks.checks` (root, for
 the lab).
@@ -42,6 +43,8 @@ CAP, CAP_STEPS = 2.5, 100
 EVERY = 100
 NAMES = ("vote, adaptive, planes", "vote, RMS carry, planes", "vote, RMS, 0.1 bit")
 WARM_UP = 5
+Begin = tuple[dict[str, Any], dict[str, Any]]
+"""States of a model and of its votes."""
 
 
 def table(ms: str, checks: Sequence[str]) -> tuple[Column, ...]:
@@ -70,22 +73,27 @@ def measure(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, list[dict[str, list[list[float]]]]] = {}
     for name in settings["schemes"]:
         workload = linear_layers(**settings["trainer"])
-        caps[name] = _cap(Trainer(scheme(name), workload))
+        caps[name], begin = _warmed_up(Trainer(scheme(name), workload))
         found[name] = []
         for number in range(settings["rounds"]):
             first = number % len(names)
             order = names[first:] + names[:first]
-            found[name].append(_round(name, workload, caps[name], order, settings["steps"]))
+            found[name].append(_round(name, workload, caps[name], begin, order, settings["steps"]))
         ranks.say(name)
     return {"times": found, "caps": caps}
 
 
-def _round(name: str, workload: Workload, cap: float, names: list[str], num_steps: int) -> dict[str, list[list[float]]]:
+def _round(
+    name: str, workload: Workload, cap: float, begin: Begin, names: list[str], num_steps: int
+) -> dict[str, list[list[float]]]:
     """Time steps of trainers with these checks, made in this order, and comparisons of replicas."""
     plain, trainers = scheme(name), {}
     for checks in names:
         added = [argument.format(cap=cap) for argument in CHECKS[checks]]
-        trainers[checks] = Trainer(replace(plain, arguments=(*plain.arguments, *added)), workload)
+        trainers[checks] = trainer = Trainer(replace(plain, arguments=(*plain.arguments, *added)), workload)
+        trainer.model.load_state_dict(begin[0])
+        trainer.combiner.load_state_dict(begin[1])
+        trainer.num_steps = CAP_STEPS
     replicas = ReplicaCheck(trainers["all"].model, trainers["all"].optimizer)
     times: dict[str, list[list[float]]] = {checks: [] for checks in (*names, "replicas")}
     for step in range(-WARM_UP, num_steps):
@@ -101,15 +109,16 @@ def _round(name: str, workload: Workload, cap: float, names: list[str], num_step
     return times
 
 
-def _cap(trainer: Trainer) -> float:
-    """Return the cap on the density for votes like this trainer's, alike on all ranks; it is closed."""
+def _warmed_up(trainer: Trainer) -> tuple[float, Begin]:
+    """Return the cap on the density for votes like this trainer's, alike on all ranks, and its state; it is closed."""
     for _ in range(CAP_STEPS):
         trainer.step()
     assert isinstance(trainer.combiner, SignVote)
     density = torch.tensor(trainer.combiner.state.traffic().ballot_density)
     dist.all_reduce(density, dist.ReduceOp.MAX)
+    begin = trainer.model.state_dict(), trainer.combiner.state_dict()
     trainer.combiner.close()
-    return min(1.0, float(f"{CAP * float(density):.2g}"))
+    return min(1.0, float(f"{CAP * float(density):.2g}")), begin
 
 
 def _timed(run: Callable[[], object]) -> list[float]:
@@ -162,10 +171,10 @@ def _measure_all(options: argparse.Namespace) -> None:
     report = Report("checks", options)
     trainer = settings_of(options.layers, options.width, options.batch_size)
     checks = [name for name in CHECKS if name in {"none", "all", *options.checks}]
-    settings = {"schemes": NAMES, "checks": checks, "rounds": options.rounds, "steps": options.steps}
+    settings = {"schemes": options.schemes, "checks": checks, "rounds": options.rounds, "steps": options.steps}
     settings["trainer"] = trainer
     for rate in options.rates:
-        deadline_s = 120 + len(NAMES) * len(checks) * options.rounds * (options.steps + WARM_UP) * 5.0
+        deadline_s = 120 + len(options.schemes) * len(checks) * options.rounds * (options.steps + WARM_UP) * 5.0
         results = ranks.run_on_ranks(
             "benchmarks.checks:measure", settings, num_ranks=options.ranks, rate=rate, deadline_s=deadline_s
         )
@@ -177,7 +186,7 @@ def _measure_all(options: argparse.Namespace) -> None:
                     **{"rate": rate, "by": clock, "cap": results[0]["caps"][name]},
                     **row_of(name, _over_ranks([result["times"][name] for result in results], way)),
                 }
-                for name in NAMES
+                for name in options.schemes
             ]
             report.table(f"{title}, by the {clock}", table(head, checks), rows)
     report.write()
@@ -192,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--batch-size", type=int, default=8)
     arguments.add_argument("--rounds", type=int, default=6, help="with trainers made anew, per scheme")
     arguments.add_argument("--steps", type=int, default=40, help="of each kind in a round")
+    arguments.add_argument("--schemes", nargs="*", default=list(NAMES), choices=list(NAMES), help="which to take")
     words = "which to take beside none and all"
     arguments.add_argument("--checks", nargs="*", default=list(CHECKS), choices=list(CHECKS), help=words)
     options = arguments.parse_args(argv)
