@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,8 +19,8 @@ from distsign.layout import IntArray, Layout
 
 __all__ = ["Cast", "Voter", "rotating_starts"]
 
-_CALM_STEPS = 4
-"""After so many steps in which no ballot was above a cap, the next one is expected to have none either."""
+_Pieces = npt.NDArray[np.bool_]
+"""Some of a layout's pieces, bool `[num_pieces]`."""
 _ALIGN = 32
 """Elements; 64 bytes in half precision."""
 
@@ -75,31 +76,47 @@ class _Planes:
         return _summed([self.kernels.pack(g, each, thresholds, self.out) for g, each in zip(grads, spans, strict=True)])
 
     def pack_carry(
-        self, grads: Sequence[Tensor], rule: CarryRule, memory: Memory, *, clear: bool
+        self, grads: Sequence[Tensor], rule: CarryRule, memory: Memory, *, clear: bool, which: _Pieces | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return what `Kernels.pack_carry` does, over all buckets."""
+        """Return what `Kernels.pack_carry` does, over all buckets, of some pieces or of all."""
         spans = self.layout.pieces
         if self.caps is not None:
             spans, rule = self.layout.apart, rule.at(self.row_of_piece)
+        if which is not None:
+            parts = np.split(which, np.cumsum([each.row.size for each in spans])[:-1])
+            spans = tuple(each.chosen(part) for each, part in zip(spans, parts, strict=True))
         pack, out = self.kernels.pack_carry, self.out
         return _summed([pack(g, each, rule, memory, out, clear=clear) for g, each in zip(grads, spans, strict=True)])
 
-    def settle(self, wanted: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor | None]:
-        """Keep what fits of packed ballots; return how many of each piece, and which had more (CPU: None for none).
+    def settle(self, memory: Memory | None, which: _Pieces | None = None) -> None:
+        """Leave out the packed ballots that do not fit, of some pieces or of all.
 
         Args:
-            wanted: int64 `[num_pieces]`, what packing has counted.
             memory: whose carry is cleared where a vote is kept; None where packing has cleared it.
+            which: bool `[num_pieces]`.
         """
         assert self.caps is not None
-        fits = wanted.device.type == "cpu" and bool((wanted.numpy() <= self.caps).all())
-        limits = torch.from_numpy(self.caps)
-        if memory is not None or not fits:
-            starts = torch.from_numpy(rotating_starts(self.layout, self.step))
-            self.kernels.settle_carry(self.out, self.layout.all_pieces, limits, starts, memory)
-        if fits:
-            return wanted, None
-        limits = upload(limits, wanted.device)
+        pieces, caps, starts = self.layout.all_pieces, self.caps, rotating_starts(self.layout, self.step)
+        if which is not None:
+            pieces, caps, starts = pieces.chosen(which), caps[which], starts[which]
+        self.kernels.settle_carry(self.out, pieces, torch.from_numpy(caps), torch.from_numpy(starts), memory)
+
+    def cut(self, wanted: Tensor, *, is_settled: bool) -> tuple[Tensor, Tensor | None]:
+        """Return how many ballots of each piece fit, int64 `[num_pieces]`, and which had more (CPU: None for none).
+
+        Args:
+            wanted: int64 `[num_pieces]`, ballots that packing has counted.
+            is_settled: whether the others are left out already.
+        """
+        assert self.caps is not None
+        which = None
+        if wanted.device.type == "cpu":
+            which = wanted.numpy() > self.caps
+            if not which.any():
+                return wanted, None
+        if not is_settled:
+            self.settle(None, which)
+        limits = upload(torch.from_numpy(self.caps), wanted.device)
         return torch.minimum(wanted, limits), wanted > limits
 
 
@@ -135,8 +152,8 @@ class Voter:
         self._pending: list[tuple[Tensor, Tensor]] = []
         # Kept until the next step: on CUDA, `commit` runs on another stream than the one that will reuse their memory.
         self._committed: list[tuple[Tensor, Tensor]] = []
-        # Steps for which caps still count as ones that leave ballots out.
-        self._crowded_steps: WeakKeyDictionary[Layout, int] = WeakKeyDictionary()
+        # Which had more ballots than their caps in the last step.
+        self._crowded: WeakKeyDictionary[Layout, _Pieces] = WeakKeyDictionary()
 
     def grow(self, lengths: Sequence[int], device: torch.device) -> None:
         """Make room for all parameters, whose sizes are given, on this device."""
@@ -206,11 +223,9 @@ class Voter:
         if factors is not None:
             alpha = alpha * factors
         planes = _Planes(layout, out, kernels, caps, step)
-        crowded = None
+        keeps = self.memory is not None and caps is not None and not forget  # what is left out, in the carry
         if self.memory is None:
             counts, finite = planes.pack(grads, (alpha * scale).float())
-            if caps is not None:
-                counts, crowded = planes.settle(counts, None)
             active = None if moments is None else (moments != 0).any(1)
         else:
             active = torch.cat([kernels.active(grad, spans) for grad, spans in zip(grads, layout.params, strict=True)])
@@ -223,11 +238,13 @@ class Voter:
                 self.confidence.square_decay or 0.0,
                 dither_at(step),
             )
-            if caps is None:
-                counts, finite = planes.pack_carry(grads, rule, self.memory, clear=True)
+            if keeps:
+                counts, finite = self._pack_within(grads, rule, planes, self.memory)
             else:
-                counts, finite, crowded = self._pack_within(grads, rule, planes, caps, forget=forget)
+                counts, finite = planes.pack_carry(grads, rule, self.memory, clear=True)
+        crowded = None
         if caps is not None:
+            counts, crowded = planes.cut(counts, is_settled=keeps)
             counts = counts.new_zeros(rows.numel()).index_add_(0, planes.row_of_piece, counts)
         if lengths is None:
             lengths = torch.tensor([shape.num_elements for shape in layout.shapes], device=out.device)
@@ -236,29 +253,32 @@ class Voter:
         return Cast(counts.sum(), finite, crowded)
 
     def _pack_within(
-        self, grads: Sequence[Tensor], rule: CarryRule, planes: _Planes, caps: IntArray, *, forget: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Pack with a carry what caps allow; return ballots of each piece, whether all is finite, and what was crowded.
+        self, grads: Sequence[Tensor], rule: CarryRule, planes: _Planes, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        """Pack with a carry, and settle what caps leave out; return as `Kernels.pack_carry` does, by piece.
 
-        Packing clears the carry of all that votes at once. What caps leave out must keep its own, so that settling
-        clears vote by vote; but caps that left none out lately seldom do now, and this is tried first.
+        Packing clears the carry of all that votes at once. What a cap leaves out must keep its own, so that settling
+        clears vote by vote, which takes longer. On the CPU this is done of pieces that were crowded in the last step,
+        and, packed anew, of those that turn out to be.
         """
-        assert self.memory is not None
-        layout, on_cpu = planes.layout, planes.out.device.type == "cpu"
-        clear = forget or (on_cpu and self._is_calm(layout))
-        counts, finite = planes.pack_carry(grads, rule, self.memory, clear=clear)
-        if clear and not forget and not (counts.numpy() <= caps).all():
-            clear = False  # anew, from the half of the memory that this step does not write
-            counts, finite = planes.pack_carry(grads, rule, self.memory, clear=clear)
-        kept, crowded = planes.settle(counts, None if clear else self.memory)
-        if on_cpu:
-            before = self._crowded_steps.get(layout, 0)
-            self._crowded_steps[layout] = max(0, before - 1) if crowded is None else _CALM_STEPS
-        return kept, finite, crowded
-
-    def _is_calm(self, layout: Layout) -> bool:
-        """Return whether caps have left no ballot out in the last steps."""
-        return self._crowded_steps.get(layout, 0) == 0
+        assert planes.caps is not None
+        if planes.out.device.type != "cpu":
+            counts, finite = planes.pack_carry(grads, rule, memory, clear=False)
+            planes.settle(memory)
+            return counts, finite
+        crowded = self._crowded.get(planes.layout)
+        if crowded is None:
+            crowded = np.zeros(planes.caps.size, dtype=np.bool_)
+        counts, finite = planes.pack_carry(grads, rule, memory, clear=True, which=~crowded if crowded.any() else None)
+        now = counts.numpy() > planes.caps
+        by_vote = crowded | now
+        if by_vote.any():  # from the half of the memory that this step does not write
+            found = planes.pack_carry(grads, rule, memory, clear=False, which=by_vote)
+            counts, finite = torch.where(torch.from_numpy(by_vote), found[0], counts), finite & found[1]
+            planes.settle(memory, by_vote)
+            now = counts.numpy() > planes.caps
+        self._crowded[planes.layout] = now
+        return counts, finite
 
     def commit(self, poisoned: Tensor) -> None:
         """Remember what this step's casts have changed, or forget it if the step was poisoned.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -349,17 +350,16 @@ def test_growing_keeps_what_is_there(confidence: Confidence) -> None:
 
 @pytest.mark.parametrize("confidence", [FixedConfidence(1.0), RMSConfidence(k=0.5)], ids=lambda c: type(c).__name__)
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.55, 0.8, 1.0])
-def test_clearing_at_once_leaves_what_settling_vote_by_vote_leaves(
-    monkeypatch: pytest.MonkeyPatch, share: float, confidence: Confidence
-) -> None:
-    """Packed anew where a cap left ballots out, and not where none did: planes, counts and memory are the same bits."""
+def test_clearing_at_once_leaves_what_settling_vote_by_vote_leaves(share: float, confidence: Confidence) -> None:
+    """Whatever pieces are expected to be crowded: planes, counts and memory are the same bits."""
     found = []
-    for is_calm in (True, False):
-        monkeypatch.setattr(Voter, "_is_calm", lambda self, layout, is_calm=is_calm: is_calm)
+    for expected in (None, False, True):
         worker = Worker(confidence, carry=torch.float32)
         caps = caps_at(share, worker.layout.all_pieces.length)
         trace = []
         for step in range(6):
+            if expected is not None:
+                worker.voter._crowded[worker.layout] = np.full(caps.size, expected)
             out = torch.zeros(worker.layout.buffer_bytes, dtype=torch.uint8)
             cast = worker.voter.cast(
                 worker.gradient(step),
@@ -381,23 +381,26 @@ def test_clearing_at_once_leaves_what_settling_vote_by_vote_leaves(
         found.append(trace)
         crowded = torch.stack([step[3] for step in trace])
         assert crowded.any() == (share < 1) and not crowded.all()
-    for ours, theirs in zip(*found, strict=True):
-        assert all(map(torch.equal, ours, theirs))
+    for steps in zip(*found, strict=True):
+        for one, other, vote_by_vote in zip(*steps, strict=True):
+            assert torch.equal(one, vote_by_vote) and torch.equal(other, vote_by_vote)
 
 
-def test_the_carry_is_cleared_at_once_again_when_nothing_was_crowded_for_some_steps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_crowded_pieces_are_packed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     ways, pack = [], _Planes.pack_carry
 
-    def packing(self: _Planes, *args: Any, clear: bool) -> Any:
-        ways[-1].append(clear)
-        return pack(self, *args, clear=clear)
+    def packing(self: _Planes, *args: Any, clear: bool, which: Any) -> Any:
+        ways[-1].append((clear, which if which is None else which.nonzero()[0].tolist()))
+        return pack(self, *args, clear=clear, which=which)
 
     monkeypatch.setattr(_Planes, "pack_carry", packing)
     worker = Worker(FixedConfidence(1.0), carry=torch.float32)
-    for step in range(8):
+    length = worker.layout.all_pieces.length
+    for step in range(5):
         ways.append([])
+        caps = caps_at(1.0, length)
+        if 1 <= step <= 2:
+            caps[2] = 1
         worker.voter.cast(
             worker.gradient(step),
             worker.layout,
@@ -406,10 +409,17 @@ def test_the_carry_is_cleared_at_once_again_when_nothing_was_crowded_for_some_st
             kernels=cpu,
             out=torch.zeros(worker.layout.buffer_bytes, dtype=torch.uint8),
             step=step,
-            caps=caps_at(0.01 if step == 1 else 1.0, worker.layout.all_pieces.length),
+            caps=caps,
         )
         worker.voter.commit(CLEAN)
-    assert ways == [[True], [True, False], *[[False]] * 4, [True], [True]]
+    others = [piece for piece in range(length.size) if piece != 2]
+    assert ways == [
+        [(True, None)],
+        [(True, None), (False, [2])],
+        [(True, others), (False, [2])],
+        [(True, others), (False, [2])],
+        [(True, None)],
+    ]
 
 
 def test_what_float32_kept_is_finite_in_bfloat16() -> None:

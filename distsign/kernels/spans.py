@@ -45,6 +45,10 @@ class Spans:
     sign_at: npt.NDArray[np.int64] = field(default_factory=_no_places)
     home: npt.NDArray[np.int64] = field(default_factory=_no_places)
 
+    def chosen(self, which: npt.NDArray[np.bool_]) -> Spans:
+        """Return some of the pieces, bool `[num_pieces]`."""
+        return Spans(*(values[which] if values.size else values for values in vars(self).values()))
+
     @property
     def num_rows(self) -> int:
         """Rows of the per-parameter tables."""
