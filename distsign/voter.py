@@ -320,5 +320,7 @@ class Voter:
 
 
 def _summed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:  # nearly always
+        return parts[0]
     counts, finite = zip(*parts, strict=True)
     return torch.stack(counts).sum(0), torch.stack(finite).all()
