@@ -101,7 +101,9 @@ class Admission:
         out = self.left_out
         # Slots that no density cap could fill need no counting, which would decode every body once more.
         if self.max_density is not None and ballots.capacity > most:
-            out = out | (ballots.num_votes(kernels) > most)
+            votes = ballots.num_votes(kernels)
+            if votes.device.type != "cpu" or int(votes.numpy().max()) > most:  # seldom, and operations on tensors cost
+                out = out | (votes > most)
         elif self.max_poison_streak is None:
             return ballots
         return ballots.without(out)
