@@ -8,7 +8,7 @@ of undecided votes must survive that (DESIGN.md, rules of the vote).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -140,13 +140,6 @@ class Layout:
     def all_pieces(self) -> Spans:
         """The pieces of all buckets, in order; `start` is of no use in it."""
         return Spans(*(np.concatenate([getattr(p, field.name) for p in self.pieces]) for field in fields(Spans)))
-
-    @cached_property
-    def apart(self) -> tuple[Spans, ...]:
-        """The pieces of each bucket with a row each, counted through the group as in `all_pieces`."""
-        ends = np.cumsum([pieces.row.size for pieces in self.pieces], dtype=np.int64)
-        rows = (np.arange(end - pieces.row.size, end) for pieces, end in zip(self.pieces, ends, strict=True))
-        return tuple(replace(pieces, row=row) for pieces, row in zip(self.pieces, rows, strict=True))
 
     def most_votes(self, density: float) -> IntArray:
         """Return `caps_at` one density, int64 `[num_pieces]`: made at the first call, and not to be changed."""

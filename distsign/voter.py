@@ -56,7 +56,7 @@ def rotating_starts(layout: Layout, step: int) -> IntArray:
 
 @dataclass(frozen=True, eq=False)
 class _Planes:
-    """The planes of one exchange group, about to be written. With caps ballots are counted by piece, else by row."""
+    """The planes of one exchange group, about to be written, and the caps on their votes. Counts are by piece."""
 
     layout: Layout
     out: Tensor
@@ -64,29 +64,25 @@ class _Planes:
     caps: IntArray | None
     step: int
 
-    @property
-    def row_of_piece(self) -> Tensor:
-        return self.layout.table(("rows",), lambda: self.layout.all_pieces.row, self.out.device)
-
     def pack(self, grads: Sequence[Tensor], thresholds: Tensor) -> tuple[Tensor, Tensor]:
         """Return what `Kernels.pack` does, over all buckets."""
-        spans = self.layout.pieces
-        if self.caps is not None:
-            spans, thresholds = self.layout.apart, thresholds[self.row_of_piece]
-        return _summed([self.kernels.pack(g, each, thresholds, self.out) for g, each in zip(grads, spans, strict=True)])
+        pack, spans = self.kernels.pack, self.layout.pieces
+        return _together([pack(grad, each, thresholds, self.out) for grad, each in zip(grads, spans, strict=True)])
 
     def pack_carry(
         self, grads: Sequence[Tensor], rule: CarryRule, memory: Memory, *, clear: bool, which: _Pieces | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return what `Kernels.pack_carry` does, over all buckets, of some pieces or of all."""
-        spans = self.layout.pieces
-        if self.caps is not None:
-            spans, rule = self.layout.apart, rule.at(self.row_of_piece)
+        """Return what `Kernels.pack_carry` does, over all buckets, of some pieces or of all; 0 for the others."""
+        pack, out, spans = self.kernels.pack_carry, self.out, self.layout.pieces
         if which is not None:
             parts = np.split(which, np.cumsum([each.row.size for each in spans])[:-1])
             spans = tuple(each.chosen(part) for each, part in zip(spans, parts, strict=True))
-        pack, out = self.kernels.pack_carry, self.out
-        return _summed([pack(g, each, rule, memory, out, clear=clear) for g, each in zip(grads, spans, strict=True)])
+        counts, finite = _together(
+            [pack(grad, each, rule, memory, out, clear=clear) for grad, each in zip(grads, spans, strict=True)]
+        )
+        if which is not None:
+            counts = torch.zeros(which.size, dtype=torch.int64).masked_scatter_(torch.from_numpy(which), counts)
+        return counts, finite
 
     def settle(self, memory: Memory | None, which: _Pieces | None = None) -> None:
         """Leave out the packed ballots that do not fit, of some pieces or of all.
@@ -245,7 +241,8 @@ class Voter:
         crowded = None
         if caps is not None:
             counts, crowded = planes.cut(counts, is_settled=keeps)
-            counts = counts.new_zeros(rows.numel()).index_add_(0, planes.row_of_piece, counts)
+        row_of_piece = layout.table(("rows",), lambda: layout.all_pieces.row, out.device)
+        counts = counts.new_zeros(rows.numel()).index_add_(0, row_of_piece, counts)
         if lengths is None:
             lengths = torch.tensor([shape.num_elements for shape in layout.shapes], device=out.device)
         new = self.confidence.observe(new, counts / lengths.clamp(min=1).double())
@@ -319,8 +316,9 @@ class Voter:
                 self.memory.square[:, part] = kept["square"].to(self.stats.device).clamp(max=most)
 
 
-def _summed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _together(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the counts of all buckets one after the other, and whether all of them are finite."""
     if len(parts) == 1:  # nearly always
         return parts[0]
     counts, finite = zip(*parts, strict=True)
-    return torch.stack(counts).sum(0), torch.stack(finite).all()
+    return torch.cat(counts), torch.stack(finite).all()

@@ -149,7 +149,7 @@ def expected_step(case: Case, grad: Tensor, clear: bool) -> tuple[Memory, npt.ND
     """The documented rule, a piece at a time, in numpy's float32."""
     memory, rule, spans = case.copy_of_memory(), case.rule, case.spans
     buffer = np.full(case.buffer_bytes, FILL, dtype=np.uint8)
-    counts = [0] * rule.thresholds.numel()
+    counts = []
     live = int(memory.live)
     for k, row in enumerate(spans.row.tolist()):
         n = int(spans.length[k])
@@ -182,7 +182,7 @@ def expected_step(case: Case, grad: Tensor, clear: bool) -> tuple[Memory, npt.ND
             memory.carry[1 - live, here] = memory.carry[live, here]
             if memory.square is not None:
                 memory.square[1 - live, here] = memory.square[live, here]
-        counts[row] += int(votes.sum())
+        counts.append(int(votes.sum()))
         buffer[spans.mask_at[k] : spans.mask_at[k] + plane_bytes(n)] = plane(votes)
         buffer[spans.sign_at[k] : spans.sign_at[k] + plane_bytes(n)] = plane(votes & (u < 0))
     return memory, buffer, counts
@@ -194,7 +194,7 @@ def run_step(kernels: Kernels, case: Case, grad: Tensor, clear: bool) -> tuple[M
     before = as_bits(grad)
     counts, finite = kernels.pack_carry(grad, case.spans, case.rule, memory, buffer, clear=clear)
     assert as_bits(grad) == before, "the gradient must not change"
-    assert counts.dtype == torch.int64 and counts.shape == case.rule.thresholds.shape
+    assert counts.dtype == torch.int64 and counts.shape == case.spans.length.shape
     assert finite.dtype == torch.bool and finite.shape == ()
     return memory, buffer, counts, finite
 

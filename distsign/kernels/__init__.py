@@ -63,7 +63,7 @@ class Kernels(Protocol):
             out: uint8, changed in place where the planes lie.
 
         Returns:
-            `(counts, finite)`: int64 `[num_rows]` ballots cast, and a bool, False if any element was NaN or infinite
+            `(counts, finite)`: int64 `[num_pieces]` ballots cast, and a bool, False if any element was NaN or infinite
             (what the planes then hold must not be used).
         """
         ...

@@ -62,7 +62,7 @@ def moments(grad: Tensor, spans: Spans) -> Tensor:  # noqa: D103
 
 
 def pack(grad: Tensor, spans: Spans, thresholds: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D103
-    counts = torch.zeros(thresholds.numel(), dtype=torch.int64)
+    counts = torch.zeros(spans.length.size, dtype=torch.int64)
     finite = jit.pack_ballots(
         grad.numpy().view(np.uint32),
         spans.start,
@@ -94,7 +94,7 @@ def _kept(memory: Tensor) -> npt.NDArray[Any]:
 def pack_carry(  # noqa: D103
     grad: Tensor, spans: Spans, rule: CarryRule, memory: Memory, out: Tensor, *, clear: bool
 ) -> tuple[Tensor, Tensor]:
-    counts = torch.zeros(rule.thresholds.numel(), dtype=torch.int64)
+    counts = torch.zeros(spans.length.size, dtype=torch.int64)
     corrections = torch.ones_like(rule.thresholds) if rule.corrections is None else rule.corrections
     square = memory.carry.new_zeros(2, 0) if memory.square is None else memory.square
     finite = jit_carry.pack_carried(

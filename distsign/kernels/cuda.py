@@ -109,7 +109,7 @@ def moments(grad: Tensor, spans: Spans) -> Tensor:  # noqa: D103
 
 def pack(grad: Tensor, spans: Spans, thresholds: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D103
     chunks = chunks_of(spans, grad.device)
-    counts = torch.zeros(thresholds.numel(), dtype=torch.int64, device=grad.device)
+    counts = torch.zeros(spans.length.size, dtype=torch.int64, device=grad.device)
     finite = torch.ones((), dtype=torch.bool, device=grad.device)
     args = (grad, chunks.table, thresholds, out, counts, finite.view(torch.uint8))
     _launch(triton_voter.pack_kernel, chunks.num_chunks, *args)
@@ -128,7 +128,7 @@ def pack_carry(  # noqa: D103
     grad: Tensor, spans: Spans, rule: CarryRule, memory: Memory, out: Tensor, *, clear: bool
 ) -> tuple[Tensor, Tensor]:
     chunks = chunks_of(spans, grad.device)
-    counts = torch.zeros(rule.thresholds.numel(), dtype=torch.int64, device=grad.device)
+    counts = torch.zeros(spans.length.size, dtype=torch.int64, device=grad.device)
     finite = torch.ones((), dtype=torch.bool, device=grad.device)
     corrections, square, carry = rule.corrections, memory.square, memory.carry
     half_precision = carry.dtype == torch.bfloat16

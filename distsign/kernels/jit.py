@@ -168,7 +168,7 @@ def pack_ballots(x, start, length, row, mask_at, sign_at, limits, out, counts):
             s_at += 1
         for j in range(LANES):
             num_votes += totals[LANES + j]
-        counts[row[k]] += num_votes
+        counts[k] = num_votes
     for j in range(LANES):
         overflow |= totals[j] + _EXPONENT_ONE  # the exponent of NaN and infinities overflows by one into the top bit
     return (overflow & _TOP) == 0

@@ -348,9 +348,9 @@ def pack_carried(
         totals[LANES:] = 0
         _pack_blocks(numbers, carry, square, live, out, places, rule, n // BLOCK, totals)
         overflow |= _overflow(x[places[_AT] : start[k] + n])
-        counts[row[k]] += _pack_tail(numbers, carry, square, live, out, places, rule, n % BLOCK)
+        counts[k] = _pack_tail(numbers, carry, square, live, out, places, rule, n % BLOCK)
         for j in range(LANES):
-            counts[row[k]] += totals[LANES + j]
+            counts[k] += totals[LANES + j]
     for j in range(LANES):
         overflow |= totals[j] + _EXPONENT_ONE
     _fence()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -48,16 +48,6 @@ class CarryRule:
     corrections: Tensor | None = None
     decay: float = 0.0
     dither: int = 0
-
-    def at(self, rows: Tensor) -> CarryRule:
-        """Return the rule whose tables have these entries, int64 `[any]`."""
-        # Not `[rows]`, which takes twice as long over a few entries.
-        return replace(
-            self,
-            thresholds=self.thresholds.index_select(0, rows),
-            active=self.active.index_select(0, rows),
-            corrections=None if self.corrections is None else self.corrections.index_select(0, rows),
-        )
 
 
 def dither_at(step: int) -> int:

@@ -72,17 +72,16 @@ def moments(grad: Tensor, spans: Spans) -> Tensor:  # noqa: D103
 
 
 def pack(grad: Tensor, spans: Spans, thresholds: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D103
-    counts = torch.zeros(thresholds.numel(), dtype=torch.int64, device=grad.device)
+    counts = torch.zeros(spans.length.size, dtype=torch.int64, device=grad.device)
     finite = torch.ones((), dtype=torch.bool, device=grad.device)
     limits = thresholds.abs().view(torch.int32)  # the bits of -0.0 would be the smallest integer
-    for start, length, row, mask_at, sign_at in rows(
-        spans.start, spans.length, spans.row, spans.mask_at, spans.sign_at
-    ):
+    places = rows(spans.start, spans.length, spans.row, spans.mask_at, spans.sign_at)
+    for k, (start, length, row, mask_at, sign_at) in enumerate(places):
         x = grad[start : start + length].view(torch.int32)
         magnitude = x & _MAGNITUDE
         votes = magnitude > limits[row]
         finite = finite & (magnitude < _INFINITY).all()
-        counts[row] += votes.sum()
+        counts[k] = votes.sum()
         out[mask_at : mask_at + plane_bytes(length)] = pack_plane(votes)
         out[sign_at : sign_at + plane_bytes(length)] = pack_plane(votes & (x < 0))
     return counts, finite

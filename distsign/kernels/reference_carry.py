@@ -46,12 +46,11 @@ def _dithered(v: Tensor, dither: int) -> Tensor:
 def pack_carry(  # noqa: D103
     grad: Tensor, spans: Spans, rule: CarryRule, memory: Memory, out: Tensor, *, clear: bool
 ) -> tuple[Tensor, Tensor]:
-    counts = torch.zeros(rule.thresholds.numel(), dtype=torch.int64, device=grad.device)
+    counts = torch.zeros(spans.length.size, dtype=torch.int64, device=grad.device)
     finite = torch.ones((), dtype=torch.bool, device=grad.device)
     live = int(memory.live)
-    for start, length, row, mask_at, sign_at, home in rows(
-        spans.start, spans.length, spans.row, spans.mask_at, spans.sign_at, spans.home
-    ):
+    places = rows(spans.start, spans.length, spans.row, spans.mask_at, spans.sign_at, spans.home)
+    for k, (start, length, row, mask_at, sign_at, home) in enumerate(places):
         raw = grad[start : start + length]
         finite = finite & raw.isfinite().all()
         here = slice(home, home + length)
@@ -70,7 +69,7 @@ def pack_carry(  # noqa: D103
             u, v = _normalised(carry, memory.square[live, here], g, correction, rule.decay)
             memory.square[1 - live, here] = v if memory.square.dtype == v.dtype else _dithered(v, rule.dither)
         votes = u.abs() > rule.thresholds[row]
-        counts[row] += votes.sum()
+        counts[k] = votes.sum()
         out[mask_at : mask_at + plane_bytes(length)] = pack_plane(votes)
         out[sign_at : sign_at + plane_bytes(length)] = pack_plane(votes & (u < 0))
         # Rounded to the nearest on the way into a bfloat16 carry; the vote was decided before.

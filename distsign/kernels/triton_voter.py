@@ -17,6 +17,7 @@ from distsign.kernels.triton_bits import (
     HOME,
     LENGTH,
     MASK_AT,
+    PIECE,
     ROW,
     SIGN_AT,
     START,
@@ -102,7 +103,7 @@ def pack_kernel(grad, table, thresholds, out, counts, finite):
         )
         num_votes += tl.sum(votes8, axis=0)
         largest = tl.maximum(largest, tl.max(largest8, axis=0))
-    tl.atomic_add(counts + row, num_votes.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + chunk_field(table, PIECE), num_votes.to(tl.int64), sem="relaxed")
     if largest >= INFINITY:
         tl.store(finite, 0)
 
@@ -295,6 +296,6 @@ def carry_kernel(
         tl.store(sign_plane + done // 8 + byte, s8.to(tl.uint8), mask=inside)
         num_votes += tl.sum(popcount(m8), axis=0)
         largest = tl.maximum(largest, tl.max(magnitude8, axis=0))
-    tl.atomic_add(counts + row, num_votes.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + chunk_field(table, PIECE), num_votes.to(tl.int64), sem="relaxed")
     if largest >= INFINITY:
         tl.store(finite, 0)
