@@ -2,12 +2,11 @@
 
 The same vote is taken without checks, with each of them and with all, step by step in turn on the same ranks; without
 checks twice, by two trainers alike: what these two differ by is noise, and checks are held against the mean of both.
-Two trainers alike may differ by percents for as long as they live, most likely by where their memory lies: so all are
-made anew some times, in another order, and the standard error beside the figure of all checks is that of these rounds.
-All go on from where a trainer without checks has come to after 100 steps: in the first ones a cap would bind.
-Comparing replicas falls due every 100 steps, and is timed apart. Beside the clock's time stands that of all ranks'
-processors, which does not count what others do on the machine, nor waiting. `python -m benchmarks.checks` (root, for
-the lab).
+Two trainers alike may differ for as long as they live, most likely by where their memory lies: so all are made anew
+some times, in another order, and the standard error beside the figure of all checks is that of these rounds. All go on
+from where a trainer without checks has come to after 100 steps: in the first ones a cap would bind. Comparing replicas
+falls due every 100 steps, and is timed apart. Beside the clock's time stands that of all ranks' processors, which does
+not count what others do on the machine, nor waiting. `python -m benchmarks.checks` (root, for the lab).
 """
 
 from __future__ import annotations
